@@ -1,0 +1,754 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy>=2.0", "gymnasium[mujoco,box2d]>=1.2", "minari[hdf5,hf]>=0.5.4",
+#   "tyro>=0.9.20", "tqdm>=4.66", "wandb>=0.19", "matplotlib>=3.9", "pytest>=8.3"]
+# ///
+"""SAC: Soft Actor-Critic Algorithms and Applications.
+Haarnoja et al., 2018. https://arxiv.org/abs/1812.05905  Trained online; with --record DIR it also records datasets.
+
+    y       = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s')),   a' ~ pi(s')
+    L_Q     = E[ sum_i (Q_i(s, a) - y)^2 ]                                    (5)
+    L_pi    = E[ alpha log pi(a|s) - min_i Q_i(s, a) ],   a ~ pi(s)           (7)
+    L_alpha = E[ -alpha (log pi(a|s) + H) ],   H = -dim(A)                    (18)
+
+    python algorithms/sac.py --env-id Hopper-v5 --num-steps 300000 --seed 2 --record datasets --record-steps 100000
+
+Departs from the paper: CleanRL's settings (rates 3e-4 and 1e-3, log deviation in [-5, 2] through tanh, two actor steps
+after every two critic steps, 5,000 uniform steps first); two environment steps are taken before two critic steps.
+Shapes: S seeds, B batch, E critics, N steps. Each seed acts in an environment of its own and they never interact.
+"""
+import copy
+import math
+import shutil
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from minari.data_collector import EpisodeBuffer
+
+
+@dataclass
+class Args:
+    # --- run ---
+    env_id: str = "Hopper-v5"  # Gymnasium environment with continuous actions
+    seed: int = 0  # seeds every random stream; agent k of a run is not the agent of --seed k
+    num_seeds: int = 1  # independent agents trained side by side
+    num_steps: int = 1_000_000  # environment steps of each agent, all of which are kept
+    eval_every: int = 5_000  # steps between two evaluations
+    eval_episodes: int = 10  # episodes per agent and evaluation; 0: no evaluation
+    eval_workers: int = 4  # at most so many processes evaluate while training goes on; 0: in line
+    device: str = "auto"  # cuda, cpu, or auto: cuda where there is one
+    out_dir: str = "runs"  # the run's directory is made in here
+    resume: str = ""  # directory of an interrupted run to go on with
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "offline-rl"  # its project
+    # --- optimisation ---
+    batch_size: int = 256  # transitions per agent and update
+    actor_lr: float = 3e-4  # of Adam, actor
+    critic_lr: float = 1e-3  # of Adam, critic and temperature
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # step of the target networks
+    hidden_dim: int = 256  # units in each of two hidden layers
+    # --- SAC ---
+    learning_starts: int = 5_000  # uniform random steps before the first update
+    policy_freq: int = 2  # critic steps, then as many actor steps
+    # --- recording ---
+    record: str = ""  # write datasets of agent 0 into this directory
+    record_steps: int = 100_000  # transitions in each of random, medium and expert
+    medium_return: float | None = None  # return that makes a policy medium; default: a third of D4RL's expert
+
+
+# --- networks ---
+class Linear(nn.Module):
+    """`nn.Linear` for many independent networks at once: weight (*lead, d_in, d_out)."""
+
+    def __init__(self, lead, d_in, d_out):
+        super().__init__()
+        bound = d_in**-0.5  # the bound nn.Linear draws from
+        self.weight = nn.Parameter(torch.empty(*lead, d_in, d_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(*lead, 1, d_out).uniform_(-bound, bound))
+
+    def forward(self, x):  # (*lead, B, d_in) -> (*lead, B, d_out)
+        return x @ self.weight + self.bias
+
+
+def mlp(lead, *sizes):
+    layers = [m for d_in, d_out in zip(sizes, sizes[1:]) for m in (Linear(lead, d_in, d_out), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class Critic(nn.Module):
+    """Twin Q(s, a)."""
+
+    def __init__(self, S, obs_dim, act_dim, d_hidden, E=2):
+        super().__init__()
+        self.net = mlp((S, E), obs_dim + act_dim, d_hidden, d_hidden, 1)
+
+    def forward(self, s, a):  # (S, B, .) -> (S, E, B)
+        return self.net(torch.cat([s, a], -1).unsqueeze(1)).squeeze(-1)
+
+
+class Actor(nn.Module):
+    """Gaussian policy squashed by tanh."""
+
+    def __init__(self, S, obs_dim, act_dim, d_hidden):
+        super().__init__()
+        self.net = mlp((S,), obs_dim, d_hidden, d_hidden, 2 * act_dim)
+
+    def forward(self, s):  # mode: (S, B, obs_dim) -> (S, B, act_dim)
+        return torch.tanh(self.net(s).chunk(2, -1)[0])
+
+    def sample(self, s):  # -> a (S, B, act_dim), log_prob (S, B)
+        mean, log_std = self.net(s).chunk(2, -1)
+        log_std = -5 + 3.5 * (torch.tanh(log_std) + 1)  # in [-5, 2]
+        eps = torch.randn_like(mean)
+        u = mean + log_std.exp() * eps
+        log_normal = -0.5 * eps.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log (1 - tanh(u)^2), finite for every u
+        return torch.tanh(u), (log_normal - log_slope).sum(-1)
+
+
+class Temperature(nn.Module):
+    def __init__(self, S):
+        super().__init__()
+        self.log_alpha = nn.Parameter(torch.zeros(S))
+
+    def forward(self):  # (S, 1)
+        return self.log_alpha.exp().unsqueeze(-1)
+
+
+# --- losses: each returns one value per seed, (S,) ---
+def critic_loss(critic, critic_target, actor, alpha, batch, args):
+    """L_Q = E[ sum_i (Q_i(s, a) - y)^2 ],  y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s'))"""
+    s, a, r, s_next, d = batch
+    with torch.no_grad():
+        a_next, log_prob = actor.sample(s_next)
+        q_next = critic_target(s_next, a_next).amin(1)  # (S, E, B) -> (S, B)
+        y = r + args.gamma * (1 - d) * (q_next - alpha() * log_prob)
+    return (critic(s, a) - y.unsqueeze(1)).square().sum(1).mean(-1)
+
+
+def actor_loss(actor, critic, alpha, batch):
+    """L_pi = E[ alpha log pi(a|s) - min_i Q_i(s, a) ],  a ~ pi(s); and log pi(a|s) (S, B)"""
+    s, *_ = batch
+    pi, log_prob = actor.sample(s)
+    return (alpha().detach() * log_prob - critic(s, pi).amin(1)).mean(-1), log_prob.detach()
+
+
+def alpha_loss(alpha, log_prob, act_dim):
+    """L_alpha = E[ -alpha (log pi(a|s) + H) ],  H = -dim(A)"""
+    return (-alpha() * (log_prob - act_dim)).mean(-1)
+
+
+# --- data: replay ---
+class Replay(nn.Module):
+    """All N steps of each agent, obs and next_obs (S, N, obs_dim), action (S, N, act_dim), the others (S, N)."""
+
+    def __init__(self, S, N, obs_dim, act_dim):
+        super().__init__()
+        for name in ("obs", "next_obs", "action", "reward", "terminated", "truncated"):
+            size = {"obs": (obs_dim,), "next_obs": (obs_dim,), "action": (act_dim,)}.get(name, ())
+            self.register_buffer(name, torch.zeros(S, N, *size))
+        self.register_buffer("size", torch.tensor(0))
+
+    def sample(self, B):  # s, a, r, s_next, d, each (S, B, .) or (S, B)
+        S, _ = self.reward.shape
+        i = (torch.rand(S, B, dtype=torch.float64, device=self.size.device) * self.size).long()
+        k = torch.arange(S, device=i.device).unsqueeze(1)
+        return self.obs[k, i], self.action[k, i], self.reward[k, i], self.next_obs[k, i], self.terminated[k, i]
+
+
+# --- agent ---
+class Agent:
+    def __init__(self, args, obs_dim, act_dim, data):
+        self.args, self.data, S = args, data, args.num_seeds
+        self.actor = Actor(S, obs_dim, act_dim, args.hidden_dim).to(args.device)
+        self.critic = Critic(S, obs_dim, act_dim, args.hidden_dim).to(args.device)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.alpha = Temperature(S).to(args.device)
+        self.actor_opt, self.critic_opt = adam(self.actor, args.actor_lr), adam(self.critic, args.critic_lr)
+        self.alpha_opt = adam(self.alpha, args.critic_lr)
+        self.policy, self.updates_per_call = self.actor, args.policy_freq
+        self.modules = {"actor": self.actor, "critic": self.critic, "critic_target": self.critic_target,
+                        "alpha": self.alpha, "replay": data}
+        self.optimizers = {"actor": self.actor_opt, "critic": self.critic_opt, "alpha": self.alpha_opt}
+
+    def update(self):
+        args = self.args
+        for _ in range(args.policy_freq):
+            batch = self.data.sample(args.batch_size)
+            l_q = critic_loss(self.critic, self.critic_target, self.actor, self.alpha, batch, args)
+            step(self.critic_opt, l_q)
+            polyak(self.critic_target, self.critic, args.tau)
+        for _ in range(args.policy_freq):
+            l_pi, log_prob = actor_loss(self.actor, self.critic, self.alpha, batch)
+            step(self.actor_opt, l_pi)
+            l_alpha = alpha_loss(self.alpha, log_prob, batch[1].shape[-1])
+            step(self.alpha_opt, l_alpha)
+        return {"critic_loss": l_q, "actor_loss": l_pi, "alpha_loss": l_alpha}  # each (S,)
+
+
+# --- shared: imports ---
+import functools, io, json, logging, multiprocessing, os, pickle, platform, re, signal, subprocess, sys, threading, time
+from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym, h5py, minari, numpy as np, tyro
+from tqdm import tqdm
+
+
+# --- shared: optimisation ---
+def adam(module, lr):
+    """Fused Adam; on CUDA its rate and step count live on the device, where a CUDA graph can change them."""
+    lr = torch.tensor(lr, device=next(module.parameters()).device)
+    return torch.optim.Adam(module.parameters(), lr=lr, fused=True, capturable=lr.is_cuda)
+
+
+def step(opt, loss):
+    """One step down the loss (S,). The gradient of its sum keeps seeds apart: each weight belongs to one seed."""
+    params = opt.param_groups[0]["params"]
+    for p, grad in zip(params, torch.autograd.grad(loss.sum(), params)):
+        p.grad = grad
+    opt.step()
+
+
+@torch.no_grad()
+def polyak(target, online, tau):
+    """target <- (1 - tau) target + tau online"""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+def cuda_graph(agent):
+    """`agent.update`; on CUDA three calls warm up and the fourth becomes the graph that is replayed from then on."""
+    if agent.args.device == "cpu":
+        return agent.update
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
+
+    def calls():
+        for _ in range(3):
+            yield agent.update()
+        update, graph, rng = agent.update, torch.cuda.CUDAGraph(), torch.cuda.get_rng_state()
+        try:
+            with torch.cuda.graph(graph):  # records and does not run: the agent stays as it is
+                losses = agent.update()
+            update = lambda: graph.replay() or losses
+        except Exception as error:
+            tqdm.write(f"no CUDA graph, going on without: {error}", sys.stderr)
+            torch.cuda.set_rng_state(rng)
+        while True:
+            yield update()
+
+    return calls().__next__
+
+
+# --- shared: evaluation ---
+REFERENCE = {  # D4RL's returns of a random and an expert policy, d4rl/infos.py
+    "HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3), "Walker2d": (1.629008, 4592.3)}
+
+
+class Task:
+    """Where a policy acts: environment `spec` or None, `obs_dim`, action bounds `shift` +- `scale` (act_dim,),
+    `reference` returns (random, expert) or NaN, and the `mean`, `std` (obs_dim,) that `prepare` may take from obs."""
+
+    def __init__(self, args, dataset=None, obs_dim=None, act_dim=None):
+        self.spec, self.obs_space, reference = None, None, (np.nan, np.nan)
+        space = gym.spaces.Box(-1, 1, (act_dim or 1,))
+        if dataset:
+            self.obs_space, space, known = dataset.observation_space, dataset.action_space, dataset.storage.metadata
+            reference = known.get("ref_min_score", np.nan), known.get("ref_max_score", np.nan)
+        try:
+            if args.env_id or args.eval_episodes and dataset and dataset.env_spec:
+                env = gym.make(args.env_id) if args.env_id else dataset.recover_environment(eval_env=True)
+                self.spec, self.obs_space, space = env.spec, self.obs_space or env.observation_space, env.action_space
+                self.spec.max_episode_steps = env.spec.max_episode_steps or 1000  # an episode has to end
+                size = flat(env.reset(seed=0)[0], self.obs_space).size
+                if obs_dim not in (None, size):
+                    raise ValueError(f"its observations have {size} entries, the data's {obs_dim}")
+                obs_dim = size
+        except Exception as error:
+            fail(f"no environment to act in ({error}): install it, name another with --env-id, or --eval-episodes 0")
+        fits = isinstance(space, gym.spaces.Box) and space.is_bounded() and len(space.shape) == 1
+        if not fits or act_dim not in (None, len(space.low)):
+            fail(f"{METHOD} needs bounded continuous actions that fit the data, not {space}")
+        low, high = (torch.tensor(x, dtype=torch.float32, device=args.device) for x in (space.low, space.high))
+        self.shift, self.scale, self.obs_dim, self.act_dim = (high + low) / 2, (high - low) / 2, obs_dim, len(low)
+        self.mean, self.std = torch.zeros(obs_dim, device=args.device), torch.ones(obs_dim, device=args.device)
+        self.reference = REFERENCE.get(self.spec and self.spec.name, reference)
+
+
+def flat(obs, space):
+    """Observations as vectors (..., obs_dim): of a Dict the entries that the data has, in the order of their keys."""
+    if isinstance(space, gym.spaces.Dict):
+        return np.concatenate([flat(obs[key], space[key]) for key in sorted(space)], -1)
+    return np.asarray(obs, np.float32)
+
+
+class RawPolicy(nn.Module):
+    """From raw observations, (B, obs_dim) or (S, B, obs_dim), to environment actions (S, B, act_dim), on the CPU."""
+
+    def __init__(self, policy, S, task):
+        super().__init__()
+        self.policy, self.S = deepcopy(policy).cpu(), S
+        for name in ("mean", "std", "shift", "scale"):
+            self.register_buffer(name, getattr(task, name).cpu())
+        self.eval().requires_grad_(False)
+
+    def forward(self, obs):
+        s = (obs - self.mean) / self.std
+        return self.shift + self.scale * self.policy(s.expand(self.S, *s.shape[-2:]))
+
+
+def export(policy):
+    """RawPolicy as a .pt2 file: `torch.export.load(path).module()` maps obs (B, obs_dim) to actions (S, B, act_dim)."""
+    buffer, example, batch = io.BytesIO(), torch.zeros(2, len(policy.mean)), {0: torch.export.Dim("B")}
+    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=(batch,)), buffer)
+    return buffer.getvalue()
+
+
+def draw_seed(*key):
+    """A seed for one stream of random numbers, fixed by the integers of its key."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+@functools.lru_cache(1)
+def environments(spec, n):
+    return [gym.make(pickle.loads(spec), disable_env_checker=True) for _ in range(n)]
+
+
+@torch.no_grad()
+def evaluate(policy, spec, obs_space, update, seeds, alive, gamma, reference):
+    """Rows of eval.csv for the agents `alive`: each acts in the n episodes that begin with its seeds (S, n)."""
+    policy, (S, n), (low, high) = pickle.loads(policy), seeds.shape, reference
+    envs, running, sums = environments(spec, S * n), np.repeat(alive, n), np.zeros((3, S * n))
+    obs = np.stack([flat(env.reset(seed=int(seed))[0], obs_space) for env, seed in zip(envs, seeds.flat)])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seeds[0, 0]))
+        while running.any():
+            action = policy(torch.from_numpy(obs).view(S, n, -1)).flatten(0, 1).numpy()
+            for i in np.flatnonzero(running):
+                next_obs, reward, terminated, truncated, _ = envs[i].step(action[i])
+                obs[i], running[i] = flat(next_obs, obs_space), not (terminated or truncated)
+                sums[:, i] += reward, gamma ** sums[2, i] * reward, 1
+    total, discounted, length = sums.reshape(3, S, n)
+    mean, std = total.mean(1), total.std(1)
+    columns = mean, std, discounted.mean(1), length.mean(1), 100 * (mean - low) / (high - low)
+    return [[update, k, n, *row] for k, row in enumerate(zip(*columns)) if alive[k]]
+
+
+def start_worker():
+    """Ctrl-C is for the parent to handle; a worker ends with its parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+# --- shared: run ---
+METHOD = Path(__file__).stem
+
+
+def fail(message, status=2):
+    """One sentence on standard error, then the end."""
+    sys.stderr.write(f"{METHOD}: {message}\n")
+    raise SystemExit(status)
+
+
+def check(args):
+    """Args with what --resume and --device stand for filled in; impossible ones end the run."""
+    args, saved = replace(args), {}
+    try:
+        saved = json.loads(Path(args.resume, "args.json").read_text()) if args.resume else {}
+    except (OSError, ValueError) as error:
+        fail(f"--resume {args.resume} is no directory of a run: {error}")
+    if saved and saved.keys() != vars(args).keys():
+        fail(f"--resume {args.resume} holds a run of another method than {METHOD}")
+    for name, was in saved.items():
+        if getattr(args, name) == getattr(Args, name):
+            setattr(args, name, was)
+        free = ["resume", "device", "eval_workers", "track"] + ["num_updates"] * (not hasattr(Agent, "schedule"))
+        if getattr(args, name) != was and name not in free:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
+    for name, value in vars(args).items():
+        least = name not in ("seed", "eval_episodes", "eval_workers")
+        if (type(value) is int and value < least or name in ("gamma", "tau") and not 0 <= value <= 1
+                or name.endswith(("_lr", "_rate")) and not value > 0):
+            fail(f"--{name.replace('_', '-')} cannot be {value}")
+    cuda = torch.cuda.is_available()
+    args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
+    if not re.fullmatch(r"cpu|cuda(:\d+)?" if cuda else "cpu", args.device):
+        fail(f"--device {args.device} is not here: it can be {'cuda, ' * cuda}cpu or auto")
+    if args.device != "cpu":
+        torch.cuda.set_device(torch.device(args.device).index or 0)
+        torch.set_float32_matmul_precision("high")  # TF32
+    torch.manual_seed(args.seed)
+    return args
+
+
+class Run:
+    """The directory of a run: `log` follows each call of update, `finish` the last."""
+
+    def __init__(self, args, agent, task, total):
+        self.args, self.agent, self.task, per_call = args, agent, task, agent.updates_per_call
+        self.total, self.every, self.log_every = (-(-n // per_call) * per_call for n in (total, args.eval_every, 1000))
+        self.update = self.logged = self.signal = self.seconds = 0
+        self.alive, self.evals, self.losses, self.pending, self.jobs = [True] * args.num_seeds, {}, [], {}, {}
+        name = re.sub("[/+]+", "-", getattr(args, "dataset_id", args.env_id))[-80:].strip("-.")
+        self.dir = Path(args.resume or Path(args.out_dir) / f"{name}__{METHOD}__{args.seed}__{time.time_ns() // 10**6}")
+        if (self.dir / "checkpoint.pt").exists():
+            self.restore()
+        self.good, self.saved = [(x, x.clone()) for x in self.tensors()], self.update
+        self.began = time.time() - self.seconds
+        self.write("args.json", json.dumps({**vars(args), "resume": ""}, indent=1))
+        if args.track:
+            import wandb
+            wandb.init(project=args.wandb_project_name, id=self.dir.name, config=vars(args), resume="allow")
+            wandb.define_metric("*", step_metric="update")
+        self.track = wandb.log if args.track else lambda row: None
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(args.eval_workers, spawn, start_worker) if args.eval_workers else None
+        self.handlers = {n: signal.signal(n, self.interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(total=self.total, initial=self.update, desc=METHOD, unit=" updates",
+                        mininterval=0.2 if sys.stderr.isatty() else 20)
+        for update in self.pending:
+            self.submit(update)
+
+    def interrupt(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    def log(self, losses):
+        """Counts a call of update; now and then looks at its losses {name: (S,)}, evaluates and saves."""
+        self.update += self.agent.updates_per_call
+        self.bar.update(self.agent.updates_per_call)
+        point = self.update % self.every == 0 or self.update >= self.total
+        if point or self.signal or self.update % self.log_every == 0:
+            self.seconds = time.time() - self.began
+            self.examine({name: loss.tolist() for name, loss in losses.items()})
+            self.collect()
+        if point and self.args.eval_episodes and self.task.spec and any(self.alive):
+            policy = RawPolicy(self.agent.policy, self.args.num_seeds, self.task)
+            self.pending[self.update] = list(self.alive), policy.state_dict()
+            self.submit(self.update)
+            self.collect()
+        if point or self.signal or not any(self.alive):
+            self.save()
+        self.leave()
+
+    def leave(self):
+        if self.signal:
+            self.close(f"stopped at update {self.update}; go on with --resume {self.dir}", 128 + self.signal)
+        if not any(self.alive):
+            self.close(f"no seed is finite any more; the last good state is in {self.dir}", 1)
+
+    def tensors(self):
+        """The agent's tensors that have a seed dimension."""
+        found = [v for opt in self.agent.optimizers.values() for state in opt.state.values() for v in state.values()]
+        found += [v for module in self.agent.modules.values() for v in module.state_dict().values()]
+        return [x for x in found if x.dim() and len(x) == self.args.num_seeds]
+
+    def examine(self, losses):
+        """Notes the losses; a seed that is not finite is named and left out, and its last saved state is kept."""
+        finite = torch.stack([x.reshape(len(x), -1).isfinite().all(1) for x in self.tensors()]).all(0).tolist()
+        for k in np.flatnonzero(self.alive):
+            bad = [f"{name} is {x[k]}" for name, x in losses.items() if not np.isfinite(x[k])]
+            if bad or not finite[k]:
+                self.alive[k] = False
+                tqdm.write(f"seed {k}: {(bad or ['a weight is not finite'])[0]} between updates {self.logged} and "
+                           f"{self.update}; it is left out, its state of update {self.saved} is kept", sys.stderr)
+            else:
+                self.losses += [f"{self.update},{k},{name},{x[k]:.6g}" for name, x in losses.items()]
+        self.track({"update": self.update, **{f"losses/{name}": np.mean(x) for name, x in losses.items()}})
+        self.logged = self.update
+
+    def submit(self, update):
+        """Hands an evaluation to a worker, or does it here."""
+        args, task, (alive, weights) = self.args, self.task, self.pending[update]
+        policy, shape = RawPolicy(self.agent.policy, args.num_seeds, task), (args.num_seeds, args.eval_episodes)
+        policy.load_state_dict(weights)
+        seeds = np.reshape([draw_seed(args.seed, update, *i) for i in np.ndindex(shape)], shape)
+        job = (evaluate, pickle.dumps(policy), pickle.dumps(task.spec), task.obs_space,
+               update, seeds, alive, args.gamma, task.reference)
+        self.jobs[update] = self.pool.submit(*job) if self.pool else functools.partial(*job)
+
+    def collect(self):
+        """Takes in the evaluations that are done."""
+        for update in [update for update, job in self.jobs.items() if not self.pool or job.done()]:
+            job = self.jobs.pop(update)
+            try:
+                self.evals[update] = job.result() if self.pool else job()
+            except Exception as error:
+                self.close(f"the evaluation of update {update} failed ({error!r}); go on with --resume {self.dir}", 1)
+            del self.pending[update]
+            self.bar.set_postfix_str(self.summary())
+            mean = np.mean(self.evals[update], 0)
+            self.track({"update": update, "eval/return": mean[3], "eval/score": mean[7]})
+
+    def summary(self):
+        """The last evaluation: mean and deviation over seeds, of a single seed over its episodes."""
+        rows, (low, high) = np.array(self.evals[max(self.evals)]), self.task.reference
+        spread = rows[:, 3].std() if len(rows) > 1 else rows[0, 4]
+        score = f", normalised score {rows[:, 7].mean():.1f} ± {100 * spread / (high - low):.1f}" if high > low else ""
+        return f"return {rows[:, 3].mean():.1f} ± {spread:.1f}{score}"
+
+    def write(self, name, content):
+        """A file of the directory is there whole or, after a failure, as it was before."""
+        part = self.dir / (name + ".part")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content if isinstance(content, bytes) else content.encode())
+            part.replace(self.dir / name)
+        except OSError as error:
+            if os.path.exists(part):
+                part.unlink()
+            fail(f"{self.dir / name} cannot be written ({error}); what was there before is kept")
+
+    def save(self):
+        """Brings all files up to date; a seed that is left out goes back to its last saved state."""
+        for x, good in self.good:
+            for k in np.flatnonzero(np.invert(self.alive)):
+                x[k] = good[k]
+        self.good, self.saved = [(x, x.clone()) for x in self.tensors()], self.update
+        rows = ["%d,%d,%d,%.4f,%.4f,%.4f,%.4f,%.4f" % tuple(row) for u in sorted(self.evals) for row in self.evals[u]]
+        head = "update,seed,episodes,return_mean,return_std,discounted_return_mean,length_mean,score"
+        self.write("eval.csv", "\n".join([head, *rows, ""]).replace("nan", ""))
+        self.write("losses.csv", "\n".join(["update,seed,name,value", *self.losses, ""]))
+        git = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+        cpu = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
+        used = {x: sys.modules[x] for x in ("torch", "numpy", "gymnasium", "minari", "mujoco") if x in sys.modules}
+        self.write("run.json", json.dumps({
+            "method": METHOD, "commit": None if git[0] else git[1], "python": platform.python_version(),
+            **{name: module.__version__ for name, module in used.items()},
+            "gpu": torch.cuda.get_device_name() if self.args.device != "cpu" else None,
+            "cpu": f"{os.cpu_count()} x {(cpu or [platform.machine()])[0]}", "threads": torch.get_num_threads(),
+            "update": self.update, "wall_seconds": round(self.seconds, 2),
+            "updates_per_second": round(self.update / self.seconds, 2)}, indent=1))
+        buffer = io.BytesIO()
+        torch.save({
+            "method": METHOD, "args": vars(self.args), "update": self.update,
+            "seconds": self.seconds, "alive": self.alive, "pending": self.pending,
+            "modules": {name: module.state_dict() for name, module in self.agent.modules.items()},
+            "optimizers": {name: opt.state_dict() for name, opt in self.agent.optimizers.items()},
+            "rng": [torch.get_rng_state(), torch.cuda.get_rng_state() if self.args.device != "cpu" else None],
+            "stats": {name: getattr(self.task, name) for name in ("mean", "std", "shift", "scale")}}, buffer)
+        self.write("checkpoint.pt", buffer.getvalue())
+
+    def restore(self):
+        """Takes up checkpoint.pt and the rows up to its update; evaluations that were in flight run again."""
+        try:
+            state = torch.load(self.dir / "checkpoint.pt", map_location=self.args.device, weights_only=True)
+            for kind, parts in ("modules", self.agent.modules), ("optimizers", self.agent.optimizers):
+                for name, part in parts.items():
+                    part.load_state_dict(state[kind][name])
+            torch.set_rng_state(state["rng"][0].cpu())
+            if self.args.device != "cpu" and state["rng"][1] is not None:
+                torch.cuda.set_rng_state(state["rng"][1].cpu())
+            if state["method"] != METHOD:
+                raise ValueError(f"it is of {state['method']}")
+            self.update, self.seconds, self.alive = state["update"], state["seconds"], state["alive"]
+            evals, losses = ([line.split(",") for line in (self.dir / name).read_text().split()[1:]]
+                             for name in ("eval.csv", "losses.csv"))
+            for row in evals:
+                if int(row[0]) <= self.update:
+                    self.evals.setdefault(int(row[0]), []).append([float(x or "nan") for x in row])
+            self.losses = [",".join(row) for row in losses if int(row[0]) <= self.update]
+            self.pending = {update: job for update, job in state["pending"].items() if update not in self.evals}
+        except Exception as error:
+            fail(f"--resume: {self.dir / 'checkpoint.pt'} cannot be used: {error}")
+
+    def finish(self):
+        """Waits for the last evaluations, saves, exports policy.pt2."""
+        while self.jobs and not self.signal:
+            self.collect()
+            time.sleep(0.02)
+        self.save()
+        self.leave()
+        self.write("policy.pt2", export(RawPolicy(self.agent.policy, self.args.num_seeds, self.task)))
+        self.close(f"{self.summary() if self.evals else 'done'} after {self.update} updates; files in {self.dir}")
+        return self.dir
+
+    def close(self, message, status=0):
+        """Ends the workers and says what there is to say; a status other than 0 ends the process."""
+        self.bar.close()
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        print(f"{METHOD}: {message}", file=sys.stderr if status else sys.stdout, flush=True)
+        if status:
+            raise SystemExit(status)
+
+
+# --- acting ---
+class Collector:
+    """Steps one environment per agent into the replay; what it needs to go on after a resume is all in there."""
+
+    def __init__(self, args, task, agent, replay):
+        self.args, self.task, self.agent, self.replay = args, task, agent, replay
+        self.envs = [gym.make(task.spec, disable_env_checker=True) for _ in range(args.num_seeds)]
+        self.obs, self.episode = np.zeros((args.num_seeds, task.obs_dim), np.float32), [-1] * args.num_seeds
+        for k, env in enumerate(self.envs):
+            ends = (replay.terminated + replay.truncated)[k, : replay.size].nonzero().flatten().tolist()
+            self.episode[k] = len(ends) - 1
+            self.reset(k)
+            for action in self.raw(replay.action[k, ends[-1] + 1 if ends else 0 : replay.size]):  # of the open episode
+                self.obs[k] = flat(env.step(action)[0], task.obs_space)
+
+    def raw(self, action):
+        return (self.task.shift + self.task.scale * action).nan_to_num().cpu().numpy()
+
+    def reset(self, k):
+        self.episode[k] += 1
+        obs, _ = self.envs[k].reset(seed=draw_seed(self.args.seed, 0, k, self.episode[k]))
+        self.obs[k] = flat(obs, self.task.obs_space)
+
+    @torch.no_grad()
+    def step(self):
+        args, replay, i = self.args, self.replay, int(self.replay.size)
+        obs = torch.from_numpy(self.obs).to(args.device)
+        action = torch.rand_like(replay.action[:, 0]) * 2 - 1
+        if i >= args.learning_starts:
+            action = self.agent.actor.sample(obs.unsqueeze(1))[0].squeeze(1)
+        replay.obs[:, i], replay.action[:, i] = obs, action
+        reward, terminated, truncated = np.zeros((3, len(self.envs)), np.float32)
+        for k, (env, raw) in enumerate(zip(self.envs, self.raw(action))):
+            obs, reward[k], terminated[k], truncated[k], _ = env.step(raw)
+            self.obs[k] = flat(obs, self.task.obs_space)
+        seen = {"next_obs": self.obs, "reward": reward, "terminated": terminated, "truncated": truncated}
+        for name, value in seen.items():
+            getattr(replay, name)[:, i] = torch.from_numpy(value).to(args.device)
+        replay.size += 1
+        for k in np.flatnonzero(terminated + truncated):
+            self.reset(k)
+
+
+# --- recording ---
+class Recorder:
+    """D4RL's protocol with agent 0: `random`; `medium-replay`, all steps until an evaluation reaches --medium-return;
+    `medium`, sampled from that policy; `expert`, sampled from the last. Both policies are exported beside the sets."""
+
+    def __init__(self, args, task, agent):
+        self.args, self.task, self.agent = args, task, agent
+        self.name = re.sub(r"\W+", "-", task.spec.name.lower())
+        self.root = Path(args.record).resolve() / self.name
+        self.threshold = task.reference[1] / 3 if args.medium_return is None else args.medium_return
+        if args.eval_episodes == 0 or math.isnan(self.threshold):
+            fail("--record judges policies: it needs --eval-episodes, and --medium-return where D4RL has no reference")
+        if not args.resume and list(self.root.glob("*-v0")):
+            fail(f"--record {args.record}: {self.root} holds datasets already")
+
+    def look(self, run):
+        """Writes the sets whose time has come; those of a run before its resume stay."""
+        rows = run.evals.get(run.update, [])
+        if run.update == 0:
+            self.write("random", 1, None)
+        elif any(row[1] == 0 and row[3] >= self.threshold for row in rows):
+            self.write("medium-replay", 0, None)
+            self.write("medium", 2, self.actor())
+        if run.update >= run.total:
+            self.write("expert", 3, self.actor())
+
+    def actor(self):
+        """Agent 0's actor alone, on the CPU."""
+        actor = deepcopy(self.agent.actor).cpu()
+        for p in actor.parameters():
+            p.data = p.data[:1]
+        return actor
+
+    def replayed(self):
+        """Agent 0's training episodes; the one that is still open is cut, which counts as a truncation."""
+        replay = {name: x[0, : self.agent.data.size].cpu() for name, x in self.agent.data.named_buffers() if x.dim()}
+        replay["truncated"][-1] = 1 - replay["terminated"][-1]
+        stops = (replay["terminated"] + replay["truncated"]).nonzero().flatten() + 1
+        raw, episodes = self.task.shift.cpu() + self.task.scale.cpu() * replay["action"], []
+        for i, j in zip([0, *stops.tolist()], stops.tolist()):
+            obs = torch.cat([replay["obs"][i:j], replay["next_obs"][j - 1 : j]])
+            rest = (raw[i:j], replay["reward"][i:j], replay["terminated"][i:j] > 0, replay["truncated"][i:j] > 0)
+            seed = draw_seed(self.args.seed, 0, 0, len(episodes))
+            episodes.append(EpisodeBuffer(len(episodes), seed, None, *(x.numpy() for x in (obs, *rest))))
+        return episodes
+
+    def rollouts(self, number, actor):
+        """--record-steps of an actor's samples, of uniform actions without one."""
+        args, task, episodes, steps = self.args, self.task, [], 0
+        env, shift, scale = gym.make(task.spec, disable_env_checker=True), task.shift.cpu(), task.scale.cpu()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(draw_seed(args.seed, number))
+            while steps < args.record_steps:
+                seed, rows, ended = draw_seed(args.seed, 0, 0, len(episodes), number), [], False
+                obs = [flat(env.reset(seed=seed)[0], task.obs_space)]
+                while not ended and steps < args.record_steps:
+                    action = torch.rand(len(scale)) * 2 - 1
+                    if actor:
+                        action = actor.sample(torch.from_numpy(obs[-1]).view(1, 1, -1))[0].view(-1)
+                    raw = (shift + scale * action).numpy()
+                    next_obs, reward, terminated, truncated, _ = env.step(raw)
+                    ended, steps = terminated or truncated, steps + 1
+                    obs.append(flat(next_obs, task.obs_space))
+                    rows.append((raw, reward, terminated, truncated))
+                action, reward, terminated, truncated = map(np.array, zip(*rows))
+                truncated[-1] |= not ended
+                episodes.append(EpisodeBuffer(
+                    len(episodes), seed, None, np.stack(obs), action, reward, terminated, truncated))
+        return episodes
+
+    def write(self, kind, number, actor):
+        """A Minari set <name>/<kind>-v0 under --record, compressed, and its policy as <kind>.pt2."""
+        name, part, task = f"{self.name}/{kind}-v0", self.root.parent / f".{self.name}.part", self.task
+        if (self.root / f"{kind}-v0").exists():
+            return
+        tqdm.write(f"recording {name}", sys.stderr)
+        episodes = self.rollouts(number, actor) if number else self.replayed()
+        shutil.rmtree(part, ignore_errors=True)
+        known, os.environ["MINARI_DATASETS_PATH"] = os.environ.get("MINARI_DATASETS_PATH"), str(part)
+        flags = [f"--{key.replace('_', '-')} {value}" for key, value in vars(self.args).items()
+                 if value != getattr(Args, key) and key not in ("device", "eval_workers", "out_dir", "resume", "track")]
+        low, high = (None if math.isnan(x) else x for x in task.reference)
+        with warnings.catch_warnings(action="ignore"):  # Minari asks for an author's address
+            minari.create_dataset_from_buffers(
+                name, episodes, env=task.spec, algorithm_name="SAC", ref_min_score=low, ref_max_score=high,
+                observation_space=gym.spaces.Box(-np.inf, np.inf, (task.obs_dim,), np.float32),
+                description=f"{kind} by D4RL's protocol: python algorithms/sac.py {' '.join(flags)}")
+        del os.environ["MINARI_DATASETS_PATH"]
+        os.environ.update({"MINARI_DATASETS_PATH": known} if known else {})
+        old = part / name / "data" / "main_data.hdf5"
+        with h5py.File(old) as source, h5py.File(old.with_name("packed"), "w") as packed:
+            packed.attrs.update(source.attrs)
+            source.visititems(lambda path, item: (
+                packed.create_dataset(path, data=item[()], compression="gzip", compression_opts=9, shuffle=True)
+                if isinstance(item, h5py.Dataset) else packed.require_group(path)).attrs.update(item.attrs))
+        old.with_name("packed").replace(old)
+        self.root.mkdir(parents=True, exist_ok=True)
+        if actor:
+            (self.root / f"{kind}.pt2").write_bytes(export(RawPolicy(actor, 1, task)))
+        (part / name).replace(self.root / f"{kind}-v0")
+        shutil.rmtree(part)
+
+
+# --- main: online ---
+def main(args):
+    """Acts, trains, evaluates, saves; returns the run's directory."""
+    args = check(args)
+    args.eval_workers *= not args.record  # a policy is judged before it changes
+    task = Task(args)
+    N = -(-args.num_steps // args.policy_freq) * args.policy_freq
+    replay = Replay(args.num_seeds, N, task.obs_dim, task.act_dim).to(args.device)
+    agent = Agent(args, task.obs_dim, task.act_dim, replay)
+    recorder = Recorder(args, task, agent) if args.record else None
+    run = Run(args, agent, task, args.num_steps)
+    update, collector = cuda_graph(agent), Collector(args, task, agent, replay)
+    while True:
+        if recorder:
+            recorder.look(run)
+        if run.update >= run.total:
+            return run.finish()
+        for _ in range(args.policy_freq):
+            collector.step()
+        run.log(update() if replay.size > args.learning_starts else {})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

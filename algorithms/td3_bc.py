@@ -1,0 +1,633 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy>=2.0", "gymnasium[mujoco,box2d]>=1.2", "minari[hdf5,hf]>=0.5.4",
+#   "tyro>=0.9.20", "tqdm>=4.66", "wandb>=0.19", "matplotlib>=3.9", "pytest>=8.3"]
+# ///
+"""TD3+BC: A Minimalist Approach to Offline Reinforcement Learning.
+Fujimoto & Gu, NeurIPS 2021. https://arxiv.org/abs/2106.06860
+
+    y    = r + gamma (1 - d) min_i Q'_i(s', a'),   a' = clip(pi'(s') + clip(eps, -c, c), -1, 1)
+    L_Q  = E[ sum_i (Q_i(s, a) - y)^2 ]
+    L_pi = E[ -lambda Q_1(s, pi(s)) + (pi(s) - a)^2 ],   lambda = alpha / E|Q_1(s, pi(s))|
+
+    python algorithms/td3_bc.py --dataset-id hopper/medium-replay-v0 --num-seeds 3 --num-updates 50000
+
+Departs from the paper: nothing.
+Shapes: S seeds, B batch, E critics, N transitions. The S seeds train side by side and never interact.
+"""
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+
+@dataclass
+class Args:
+    # --- run ---
+    dataset_id: str = "hopper/medium-replay-v0"  # shipped or Minari id, a+b mixture, directory or D4RL .hdf5 file
+    env_id: str = ""  # environment to evaluate in; empty: the one that the data names
+    seed: int = 0  # seeds every random stream; agent k of a run is not the agent of --seed k
+    num_seeds: int = 1  # independent agents trained side by side
+    num_updates: int = 1_000_000  # critic gradient steps of each agent
+    eval_every: int = 5_000  # updates between two evaluations
+    eval_episodes: int = 10  # episodes per agent and evaluation; 0: no evaluation
+    eval_workers: int = 4  # at most so many processes evaluate while training goes on; 0: in line
+    device: str = "auto"  # cuda, cpu, or auto: cuda where there is one
+    out_dir: str = "runs"  # the run's directory is made in here
+    resume: str = ""  # directory of an interrupted run to go on with
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "offline-rl"  # its project
+    # --- optimisation ---
+    batch_size: int = 256  # transitions per agent and update
+    learning_rate: float = 3e-4  # of Adam, actor and critic
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # step of the target networks
+    hidden_dim: int = 256  # units in each of two hidden layers
+    # --- TD3+BC ---
+    alpha: float = 2.5  # weight of Q against cloning
+    policy_noise: float = 0.2  # deviation of the noise on target actions
+    noise_clip: float = 0.5  # c, its bound
+    policy_freq: int = 2  # critic steps per actor step
+
+
+# --- networks ---
+class Linear(nn.Module):
+    """`nn.Linear` for many independent networks at once: weight (*lead, d_in, d_out)."""
+
+    def __init__(self, lead, d_in, d_out):
+        super().__init__()
+        bound = d_in**-0.5  # the bound nn.Linear draws from
+        self.weight = nn.Parameter(torch.empty(*lead, d_in, d_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(*lead, 1, d_out).uniform_(-bound, bound))
+
+    def forward(self, x):  # (*lead, B, d_in) -> (*lead, B, d_out)
+        return x @ self.weight + self.bias
+
+
+def mlp(lead, *sizes):
+    layers = [m for d_in, d_out in zip(sizes, sizes[1:]) for m in (Linear(lead, d_in, d_out), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class Critic(nn.Module):
+    """Twin Q(s, a)."""
+
+    def __init__(self, S, obs_dim, act_dim, d_hidden, E=2):
+        super().__init__()
+        self.net = mlp((S, E), obs_dim + act_dim, d_hidden, d_hidden, 1)
+
+    def forward(self, s, a):  # (S, B, .) -> (S, E, B)
+        return self.net(torch.cat([s, a], -1).unsqueeze(1)).squeeze(-1)
+
+
+class Actor(nn.Module):
+    """Deterministic policy a = tanh(net(s))."""
+
+    def __init__(self, S, obs_dim, act_dim, d_hidden):
+        super().__init__()
+        self.net = mlp((S,), obs_dim, d_hidden, d_hidden, act_dim)
+
+    def forward(self, s):  # (S, B, obs_dim) -> (S, B, act_dim)
+        return torch.tanh(self.net(s))
+
+
+# --- losses: each returns one value per seed, (S,) ---
+def critic_loss(critic, critic_target, actor_target, batch, args):
+    """L_Q = E[ sum_i (Q_i(s, a) - y)^2 ],  y = r + gamma (1 - d) min_i Q'_i(s', a')"""
+    s, a, r, s_next, d = batch
+    with torch.no_grad():
+        eps = (args.policy_noise * torch.randn_like(a)).clamp(-args.noise_clip, args.noise_clip)
+        a_next = (actor_target(s_next) + eps).clamp(-1, 1)
+        y = r + args.gamma * (1 - d) * critic_target(s_next, a_next).amin(1)  # (S, B)
+    return (critic(s, a) - y.unsqueeze(1)).square().sum(1).mean(-1)
+
+
+def actor_loss(actor, critic, batch, args):
+    """L_pi = E[ -lambda Q_1(s, pi(s)) + (pi(s) - a)^2 ],  lambda = alpha / E|Q_1(s, pi(s))|"""
+    s, a, *_ = batch
+    pi = actor(s)
+    q = critic(s, pi)[:, 0]  # (S, B)
+    lam = args.alpha / q.abs().mean(-1).detach()  # (S,)
+    return -lam * q.mean(-1) + (pi - a).square().mean((-2, -1))
+
+
+# --- agent ---
+def prepare(data, args):
+    """Section 4 of the paper: observations to mean 0 and deviation 1 over the dataset."""
+    data.mean, data.std = data.obs.mean(0), data.obs.std(0, correction=0) + 1e-3
+    data.obs, data.next_obs = (data.obs - data.mean) / data.std, (data.next_obs - data.mean) / data.std
+
+
+class Agent:
+    def __init__(self, args, obs_dim, act_dim, data):
+        self.args, self.data = args, data
+        self.actor = Actor(args.num_seeds, obs_dim, act_dim, args.hidden_dim).to(args.device)
+        self.critic = Critic(args.num_seeds, obs_dim, act_dim, args.hidden_dim).to(args.device)
+        self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.actor_opt = adam(self.actor, args.learning_rate)
+        self.critic_opt = adam(self.critic, args.learning_rate)
+        self.policy, self.updates_per_call = self.actor, args.policy_freq
+        self.modules = {"actor": self.actor, "critic": self.critic,
+                        "actor_target": self.actor_target, "critic_target": self.critic_target}
+        self.optimizers = {"actor": self.actor_opt, "critic": self.critic_opt}
+
+    def update(self):
+        args = self.args
+        for _ in range(args.policy_freq):
+            batch = sample(self.data, args)
+            l_q = critic_loss(self.critic, self.critic_target, self.actor_target, batch, args)
+            step(self.critic_opt, l_q)
+        l_pi = actor_loss(self.actor, self.critic, batch, args)
+        step(self.actor_opt, l_pi)
+        polyak(self.critic_target, self.critic, args.tau)
+        polyak(self.actor_target, self.actor, args.tau)
+        return {"critic_loss": l_q, "actor_loss": l_pi}  # each (S,)
+
+
+# --- shared: imports ---
+import functools, io, json, logging, multiprocessing, os, pickle, platform, re, signal, subprocess, sys, threading, time
+from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym, h5py, minari, numpy as np, tyro
+from tqdm import tqdm
+
+
+# --- shared: optimisation ---
+def adam(module, lr):
+    """Fused Adam; on CUDA its rate and step count live on the device, where a CUDA graph can change them."""
+    lr = torch.tensor(lr, device=next(module.parameters()).device)
+    return torch.optim.Adam(module.parameters(), lr=lr, fused=True, capturable=lr.is_cuda)
+
+
+def step(opt, loss):
+    """One step down the loss (S,). The gradient of its sum keeps seeds apart: each weight belongs to one seed."""
+    params = opt.param_groups[0]["params"]
+    for p, grad in zip(params, torch.autograd.grad(loss.sum(), params)):
+        p.grad = grad
+    opt.step()
+
+
+@torch.no_grad()
+def polyak(target, online, tau):
+    """target <- (1 - tau) target + tau online"""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+def cuda_graph(agent):
+    """`agent.update`; on CUDA three calls warm up and the fourth becomes the graph that is replayed from then on."""
+    if agent.args.device == "cpu":
+        return agent.update
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
+
+    def calls():
+        for _ in range(3):
+            yield agent.update()
+        update, graph, rng = agent.update, torch.cuda.CUDAGraph(), torch.cuda.get_rng_state()
+        try:
+            with torch.cuda.graph(graph):  # records and does not run: the agent stays as it is
+                losses = agent.update()
+            update = lambda: graph.replay() or losses
+        except Exception as error:
+            tqdm.write(f"no CUDA graph, going on without: {error}", sys.stderr)
+            torch.cuda.set_rng_state(rng)
+        while True:
+            yield update()
+
+    return calls().__next__
+
+
+# --- shared: data ---
+def load(args):
+    """The Task of --dataset-id with its N transitions: obs, next_obs (N, obs_dim), action (N, act_dim) in [-1, 1],
+    reward, terminated, episode (N,). Truncated steps stay, with their next_obs, and are not terminated."""
+    name, sets, episodes = args.dataset_id, [], []
+    for part in [name] if Path(name).exists() else name.split("+"):
+        sets.append(None if part.endswith(".hdf5") else find(part))
+        try:
+            for i, episode in enumerate(read_minari(sets[-1]) if sets[-1] else read_d4rl(part)):
+                obs, next_obs, action, reward, terminated = map(np.asarray, episode)
+                if obs.ndim != 2 or action.ndim != 2 or action.dtype.kind != "f":
+                    fail(f"{part} does not hold vectors of observations and of continuous actions")
+                if len({len(x) for x in (obs, next_obs, action, reward, terminated)}) > 1:
+                    fail(f"{part}: episode {i} needs one observation more than its {len(action)} actions")
+                if not all(np.isfinite(x).all() for x in (obs, next_obs, action, reward)):
+                    fail(f"{part}: episode {i} holds NaN or inf")
+                if len(obs):
+                    episodes.append([x.astype(np.float32) for x in (obs, next_obs, action, reward, terminated)])
+            lengths = torch.tensor([len(obs) for obs, *_ in episodes])
+            obs, next_obs, action, reward, terminated = (
+                torch.from_numpy(np.concatenate(x)).to(args.device) for x in zip(*episodes, strict=True))
+        except Exception as error:
+            fail(f"{part} cannot be read: {error or type(error).__name__}")
+    if len(obs) < args.batch_size:
+        fail(f"{name} holds {len(obs)} transitions, fewer than --batch-size {args.batch_size}")
+    data = Task(args, sets[0], obs.shape[1], action.shape[1])
+    if sets[0] is None and data.spec is None and action.abs().max() > 1:
+        fail(f"{name} has actions outside [-1, 1]: name its environment with --env-id")
+    data.obs, data.next_obs, data.reward, data.terminated = obs, next_obs, reward, terminated
+    data.action = ((action - data.shift) / data.scale).clamp(-1, 1)
+    data.episode = torch.arange(len(lengths)).repeat_interleave(lengths).to(args.device)
+    return data
+
+
+def find(name):
+    """A Minari dataset by its directory or its id: one that ships, a local one, else one from the hub."""
+    shipped = Path(__file__).resolve().parents[1] / "datasets"
+    local = Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
+    found = [place for place in (Path(name), shipped / name, local / name) if (place / "data").is_dir()]
+    try:
+        if not found and (Path(name).exists() or not re.search(r"\w-v\d+$", name)):
+            raise ValueError("a directory needs a folder data/, an id a version like -v0")
+        if not found:
+            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+            minari.download_dataset(name)
+        return minari.MinariDataset((found or [local / name])[0] / "data")
+    except Exception as error:
+        ships = ", ".join(sorted(str(x.parent.relative_to(shipped)) for x in shipped.glob("**/data"))) or "nothing"
+        fail(f"no dataset {name!r} ({error}); {ships} ships here, local sets are looked for in {local}, "
+             "`minari list remote` lists the hub, and a directory or a D4RL .hdf5 file will do as well")
+
+
+def read_minari(dataset):
+    """Per episode: obs, next_obs, action, reward, terminated."""
+    for episode in dataset.iterate_episodes():
+        obs = flat(episode.observations, dataset.observation_space)
+        yield obs[:-1], obs[1:], episode.actions, episode.rewards, episode.terminations
+
+
+def read_d4rl(path):
+    """The same of a D4RL file; a timed-out episode loses its last step if there are no next_observations."""
+    with h5py.File(path) as file:
+        obs, action, reward, terminated, timeout = (
+            file[key][()] for key in ("observations", "actions", "rewards", "terminals", "timeouts"))
+        whole = "next_observations" in file
+        next_obs = file["next_observations"][()] if whole else np.roll(obs, -1, 0)
+    ends = np.unique([*np.flatnonzero(terminated.astype(bool) | timeout.astype(bool)) + 1, len(obs)])
+    for i, j in zip([0, *ends], ends):
+        steps = slice(i, j if whole or terminated[j - 1] else j - 1)
+        yield obs[steps], next_obs[steps], action[steps], reward[steps], terminated[steps]
+
+
+def sample(data, args):
+    """B transitions for each seed, drawn with replacement: s, a, r, s_next, d."""
+    i = torch.randint(len(data.reward), (args.num_seeds, args.batch_size), device=args.device)
+    return data.obs[i], data.action[i], data.reward[i], data.next_obs[i], data.terminated[i]
+
+
+# --- shared: evaluation ---
+REFERENCE = {  # D4RL's returns of a random and an expert policy, d4rl/infos.py
+    "HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3), "Walker2d": (1.629008, 4592.3)}
+
+
+class Task:
+    """Where a policy acts: environment `spec` or None, `obs_dim`, action bounds `shift` +- `scale` (act_dim,),
+    `reference` returns (random, expert) or NaN, and the `mean`, `std` (obs_dim,) that `prepare` may take from obs."""
+
+    def __init__(self, args, dataset=None, obs_dim=None, act_dim=None):
+        self.spec, self.obs_space, reference = None, None, (np.nan, np.nan)
+        space = gym.spaces.Box(-1, 1, (act_dim or 1,))
+        if dataset:
+            self.obs_space, space, known = dataset.observation_space, dataset.action_space, dataset.storage.metadata
+            reference = known.get("ref_min_score", np.nan), known.get("ref_max_score", np.nan)
+        try:
+            if args.env_id or args.eval_episodes and dataset and dataset.env_spec:
+                env = gym.make(args.env_id) if args.env_id else dataset.recover_environment(eval_env=True)
+                self.spec, self.obs_space, space = env.spec, self.obs_space or env.observation_space, env.action_space
+                self.spec.max_episode_steps = env.spec.max_episode_steps or 1000  # an episode has to end
+                size = flat(env.reset(seed=0)[0], self.obs_space).size
+                if obs_dim not in (None, size):
+                    raise ValueError(f"its observations have {size} entries, the data's {obs_dim}")
+                obs_dim = size
+        except Exception as error:
+            fail(f"no environment to act in ({error}): install it, name another with --env-id, or --eval-episodes 0")
+        fits = isinstance(space, gym.spaces.Box) and space.is_bounded() and len(space.shape) == 1
+        if not fits or act_dim not in (None, len(space.low)):
+            fail(f"{METHOD} needs bounded continuous actions that fit the data, not {space}")
+        low, high = (torch.tensor(x, dtype=torch.float32, device=args.device) for x in (space.low, space.high))
+        self.shift, self.scale, self.obs_dim, self.act_dim = (high + low) / 2, (high - low) / 2, obs_dim, len(low)
+        self.mean, self.std = torch.zeros(obs_dim, device=args.device), torch.ones(obs_dim, device=args.device)
+        self.reference = REFERENCE.get(self.spec and self.spec.name, reference)
+
+
+def flat(obs, space):
+    """Observations as vectors (..., obs_dim): of a Dict the entries that the data has, in the order of their keys."""
+    if isinstance(space, gym.spaces.Dict):
+        return np.concatenate([flat(obs[key], space[key]) for key in sorted(space)], -1)
+    return np.asarray(obs, np.float32)
+
+
+class RawPolicy(nn.Module):
+    """From raw observations, (B, obs_dim) or (S, B, obs_dim), to environment actions (S, B, act_dim), on the CPU."""
+
+    def __init__(self, policy, S, task):
+        super().__init__()
+        self.policy, self.S = deepcopy(policy).cpu(), S
+        for name in ("mean", "std", "shift", "scale"):
+            self.register_buffer(name, getattr(task, name).cpu())
+        self.eval().requires_grad_(False)
+
+    def forward(self, obs):
+        s = (obs - self.mean) / self.std
+        return self.shift + self.scale * self.policy(s.expand(self.S, *s.shape[-2:]))
+
+
+def export(policy):
+    """RawPolicy as a .pt2 file: `torch.export.load(path).module()` maps obs (B, obs_dim) to actions (S, B, act_dim)."""
+    buffer, example, batch = io.BytesIO(), torch.zeros(2, len(policy.mean)), {0: torch.export.Dim("B")}
+    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=(batch,)), buffer)
+    return buffer.getvalue()
+
+
+def draw_seed(*key):
+    """A seed for one stream of random numbers, fixed by the integers of its key."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+@functools.lru_cache(1)
+def environments(spec, n):
+    return [gym.make(pickle.loads(spec), disable_env_checker=True) for _ in range(n)]
+
+
+@torch.no_grad()
+def evaluate(policy, spec, obs_space, update, seeds, alive, gamma, reference):
+    """Rows of eval.csv for the agents `alive`: each acts in the n episodes that begin with its seeds (S, n)."""
+    policy, (S, n), (low, high) = pickle.loads(policy), seeds.shape, reference
+    envs, running, sums = environments(spec, S * n), np.repeat(alive, n), np.zeros((3, S * n))
+    obs = np.stack([flat(env.reset(seed=int(seed))[0], obs_space) for env, seed in zip(envs, seeds.flat)])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seeds[0, 0]))
+        while running.any():
+            action = policy(torch.from_numpy(obs).view(S, n, -1)).flatten(0, 1).numpy()
+            for i in np.flatnonzero(running):
+                next_obs, reward, terminated, truncated, _ = envs[i].step(action[i])
+                obs[i], running[i] = flat(next_obs, obs_space), not (terminated or truncated)
+                sums[:, i] += reward, gamma ** sums[2, i] * reward, 1
+    total, discounted, length = sums.reshape(3, S, n)
+    mean, std = total.mean(1), total.std(1)
+    columns = mean, std, discounted.mean(1), length.mean(1), 100 * (mean - low) / (high - low)
+    return [[update, k, n, *row] for k, row in enumerate(zip(*columns)) if alive[k]]
+
+
+def start_worker():
+    """Ctrl-C is for the parent to handle; a worker ends with its parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+# --- shared: run ---
+METHOD = Path(__file__).stem
+
+
+def fail(message, status=2):
+    """One sentence on standard error, then the end."""
+    sys.stderr.write(f"{METHOD}: {message}\n")
+    raise SystemExit(status)
+
+
+def check(args):
+    """Args with what --resume and --device stand for filled in; impossible ones end the run."""
+    args, saved = replace(args), {}
+    try:
+        saved = json.loads(Path(args.resume, "args.json").read_text()) if args.resume else {}
+    except (OSError, ValueError) as error:
+        fail(f"--resume {args.resume} is no directory of a run: {error}")
+    if saved and saved.keys() != vars(args).keys():
+        fail(f"--resume {args.resume} holds a run of another method than {METHOD}")
+    for name, was in saved.items():
+        if getattr(args, name) == getattr(Args, name):
+            setattr(args, name, was)
+        free = ["resume", "device", "eval_workers", "track"] + ["num_updates"] * (not hasattr(Agent, "schedule"))
+        if getattr(args, name) != was and name not in free:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
+    for name, value in vars(args).items():
+        least = name not in ("seed", "eval_episodes", "eval_workers")
+        if (type(value) is int and value < least or name in ("gamma", "tau") and not 0 <= value <= 1
+                or name.endswith(("_lr", "_rate")) and not value > 0):
+            fail(f"--{name.replace('_', '-')} cannot be {value}")
+    cuda = torch.cuda.is_available()
+    args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
+    if not re.fullmatch(r"cpu|cuda(:\d+)?" if cuda else "cpu", args.device):
+        fail(f"--device {args.device} is not here: it can be {'cuda, ' * cuda}cpu or auto")
+    if args.device != "cpu":
+        torch.cuda.set_device(torch.device(args.device).index or 0)
+        torch.set_float32_matmul_precision("high")  # TF32
+    torch.manual_seed(args.seed)
+    return args
+
+
+class Run:
+    """The directory of a run: `log` follows each call of update, `finish` the last."""
+
+    def __init__(self, args, agent, task, total):
+        self.args, self.agent, self.task, per_call = args, agent, task, agent.updates_per_call
+        self.total, self.every, self.log_every = (-(-n // per_call) * per_call for n in (total, args.eval_every, 1000))
+        self.update = self.logged = self.signal = self.seconds = 0
+        self.alive, self.evals, self.losses, self.pending, self.jobs = [True] * args.num_seeds, {}, [], {}, {}
+        name = re.sub("[/+]+", "-", getattr(args, "dataset_id", args.env_id))[-80:].strip("-.")
+        self.dir = Path(args.resume or Path(args.out_dir) / f"{name}__{METHOD}__{args.seed}__{time.time_ns() // 10**6}")
+        if (self.dir / "checkpoint.pt").exists():
+            self.restore()
+        self.good, self.saved = [(x, x.clone()) for x in self.tensors()], self.update
+        self.began = time.time() - self.seconds
+        self.write("args.json", json.dumps({**vars(args), "resume": ""}, indent=1))
+        if args.track:
+            import wandb
+            wandb.init(project=args.wandb_project_name, id=self.dir.name, config=vars(args), resume="allow")
+            wandb.define_metric("*", step_metric="update")
+        self.track = wandb.log if args.track else lambda row: None
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(args.eval_workers, spawn, start_worker) if args.eval_workers else None
+        self.handlers = {n: signal.signal(n, self.interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(total=self.total, initial=self.update, desc=METHOD, unit=" updates",
+                        mininterval=0.2 if sys.stderr.isatty() else 20)
+        for update in self.pending:
+            self.submit(update)
+
+    def interrupt(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    def log(self, losses):
+        """Counts a call of update; now and then looks at its losses {name: (S,)}, evaluates and saves."""
+        self.update += self.agent.updates_per_call
+        self.bar.update(self.agent.updates_per_call)
+        point = self.update % self.every == 0 or self.update >= self.total
+        if point or self.signal or self.update % self.log_every == 0:
+            self.seconds = time.time() - self.began
+            self.examine({name: loss.tolist() for name, loss in losses.items()})
+            self.collect()
+        if point and self.args.eval_episodes and self.task.spec and any(self.alive):
+            policy = RawPolicy(self.agent.policy, self.args.num_seeds, self.task)
+            self.pending[self.update] = list(self.alive), policy.state_dict()
+            self.submit(self.update)
+            self.collect()
+        if point or self.signal or not any(self.alive):
+            self.save()
+        self.leave()
+
+    def leave(self):
+        if self.signal:
+            self.close(f"stopped at update {self.update}; go on with --resume {self.dir}", 128 + self.signal)
+        if not any(self.alive):
+            self.close(f"no seed is finite any more; the last good state is in {self.dir}", 1)
+
+    def tensors(self):
+        """The agent's tensors that have a seed dimension."""
+        found = [v for opt in self.agent.optimizers.values() for state in opt.state.values() for v in state.values()]
+        found += [v for module in self.agent.modules.values() for v in module.state_dict().values()]
+        return [x for x in found if x.dim() and len(x) == self.args.num_seeds]
+
+    def examine(self, losses):
+        """Notes the losses; a seed that is not finite is named and left out, and its last saved state is kept."""
+        finite = torch.stack([x.reshape(len(x), -1).isfinite().all(1) for x in self.tensors()]).all(0).tolist()
+        for k in np.flatnonzero(self.alive):
+            bad = [f"{name} is {x[k]}" for name, x in losses.items() if not np.isfinite(x[k])]
+            if bad or not finite[k]:
+                self.alive[k] = False
+                tqdm.write(f"seed {k}: {(bad or ['a weight is not finite'])[0]} between updates {self.logged} and "
+                           f"{self.update}; it is left out, its state of update {self.saved} is kept", sys.stderr)
+            else:
+                self.losses += [f"{self.update},{k},{name},{x[k]:.6g}" for name, x in losses.items()]
+        self.track({"update": self.update, **{f"losses/{name}": np.mean(x) for name, x in losses.items()}})
+        self.logged = self.update
+
+    def submit(self, update):
+        """Hands an evaluation to a worker, or does it here."""
+        args, task, (alive, weights) = self.args, self.task, self.pending[update]
+        policy, shape = RawPolicy(self.agent.policy, args.num_seeds, task), (args.num_seeds, args.eval_episodes)
+        policy.load_state_dict(weights)
+        seeds = np.reshape([draw_seed(args.seed, update, *i) for i in np.ndindex(shape)], shape)
+        job = (evaluate, pickle.dumps(policy), pickle.dumps(task.spec), task.obs_space,
+               update, seeds, alive, args.gamma, task.reference)
+        self.jobs[update] = self.pool.submit(*job) if self.pool else functools.partial(*job)
+
+    def collect(self):
+        """Takes in the evaluations that are done."""
+        for update in [update for update, job in self.jobs.items() if not self.pool or job.done()]:
+            job = self.jobs.pop(update)
+            try:
+                self.evals[update] = job.result() if self.pool else job()
+            except Exception as error:
+                self.close(f"the evaluation of update {update} failed ({error!r}); go on with --resume {self.dir}", 1)
+            del self.pending[update]
+            self.bar.set_postfix_str(self.summary())
+            mean = np.mean(self.evals[update], 0)
+            self.track({"update": update, "eval/return": mean[3], "eval/score": mean[7]})
+
+    def summary(self):
+        """The last evaluation: mean and deviation over seeds, of a single seed over its episodes."""
+        rows, (low, high) = np.array(self.evals[max(self.evals)]), self.task.reference
+        spread = rows[:, 3].std() if len(rows) > 1 else rows[0, 4]
+        score = f", normalised score {rows[:, 7].mean():.1f} ± {100 * spread / (high - low):.1f}" if high > low else ""
+        return f"return {rows[:, 3].mean():.1f} ± {spread:.1f}{score}"
+
+    def write(self, name, content):
+        """A file of the directory is there whole or, after a failure, as it was before."""
+        part = self.dir / (name + ".part")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content if isinstance(content, bytes) else content.encode())
+            part.replace(self.dir / name)
+        except OSError as error:
+            if os.path.exists(part):
+                part.unlink()
+            fail(f"{self.dir / name} cannot be written ({error}); what was there before is kept")
+
+    def save(self):
+        """Brings all files up to date; a seed that is left out goes back to its last saved state."""
+        for x, good in self.good:
+            for k in np.flatnonzero(np.invert(self.alive)):
+                x[k] = good[k]
+        self.good, self.saved = [(x, x.clone()) for x in self.tensors()], self.update
+        rows = ["%d,%d,%d,%.4f,%.4f,%.4f,%.4f,%.4f" % tuple(row) for u in sorted(self.evals) for row in self.evals[u]]
+        head = "update,seed,episodes,return_mean,return_std,discounted_return_mean,length_mean,score"
+        self.write("eval.csv", "\n".join([head, *rows, ""]).replace("nan", ""))
+        self.write("losses.csv", "\n".join(["update,seed,name,value", *self.losses, ""]))
+        git = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+        cpu = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
+        used = {x: sys.modules[x] for x in ("torch", "numpy", "gymnasium", "minari", "mujoco") if x in sys.modules}
+        self.write("run.json", json.dumps({
+            "method": METHOD, "commit": None if git[0] else git[1], "python": platform.python_version(),
+            **{name: module.__version__ for name, module in used.items()},
+            "gpu": torch.cuda.get_device_name() if self.args.device != "cpu" else None,
+            "cpu": f"{os.cpu_count()} x {(cpu or [platform.machine()])[0]}", "threads": torch.get_num_threads(),
+            "update": self.update, "wall_seconds": round(self.seconds, 2),
+            "updates_per_second": round(self.update / self.seconds, 2)}, indent=1))
+        buffer = io.BytesIO()
+        torch.save({
+            "method": METHOD, "args": vars(self.args), "update": self.update,
+            "seconds": self.seconds, "alive": self.alive, "pending": self.pending,
+            "modules": {name: module.state_dict() for name, module in self.agent.modules.items()},
+            "optimizers": {name: opt.state_dict() for name, opt in self.agent.optimizers.items()},
+            "rng": [torch.get_rng_state(), torch.cuda.get_rng_state() if self.args.device != "cpu" else None],
+            "stats": {name: getattr(self.task, name) for name in ("mean", "std", "shift", "scale")}}, buffer)
+        self.write("checkpoint.pt", buffer.getvalue())
+
+    def restore(self):
+        """Takes up checkpoint.pt and the rows up to its update; evaluations that were in flight run again."""
+        try:
+            state = torch.load(self.dir / "checkpoint.pt", map_location=self.args.device, weights_only=True)
+            for kind, parts in ("modules", self.agent.modules), ("optimizers", self.agent.optimizers):
+                for name, part in parts.items():
+                    part.load_state_dict(state[kind][name])
+            torch.set_rng_state(state["rng"][0].cpu())
+            if self.args.device != "cpu" and state["rng"][1] is not None:
+                torch.cuda.set_rng_state(state["rng"][1].cpu())
+            if state["method"] != METHOD:
+                raise ValueError(f"it is of {state['method']}")
+            self.update, self.seconds, self.alive = state["update"], state["seconds"], state["alive"]
+            evals, losses = ([line.split(",") for line in (self.dir / name).read_text().split()[1:]]
+                             for name in ("eval.csv", "losses.csv"))
+            for row in evals:
+                if int(row[0]) <= self.update:
+                    self.evals.setdefault(int(row[0]), []).append([float(x or "nan") for x in row])
+            self.losses = [",".join(row) for row in losses if int(row[0]) <= self.update]
+            self.pending = {update: job for update, job in state["pending"].items() if update not in self.evals}
+        except Exception as error:
+            fail(f"--resume: {self.dir / 'checkpoint.pt'} cannot be used: {error}")
+
+    def finish(self):
+        """Waits for the last evaluations, saves, exports policy.pt2."""
+        while self.jobs and not self.signal:
+            self.collect()
+            time.sleep(0.02)
+        self.save()
+        self.leave()
+        self.write("policy.pt2", export(RawPolicy(self.agent.policy, self.args.num_seeds, self.task)))
+        self.close(f"{self.summary() if self.evals else 'done'} after {self.update} updates; files in {self.dir}")
+        return self.dir
+
+    def close(self, message, status=0):
+        """Ends the workers and says what there is to say; a status other than 0 ends the process."""
+        self.bar.close()
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        print(f"{METHOD}: {message}", file=sys.stderr if status else sys.stdout, flush=True)
+        if status:
+            raise SystemExit(status)
+
+
+# --- shared: main ---
+def main(args):
+    """Trains, evaluates, saves; returns the run's directory."""
+    args = check(args)
+    data = load(args)
+    prepare(data, args)
+    agent = Agent(args, data.obs_dim, data.act_dim, data)
+    run, update = Run(args, agent, data, args.num_updates), cuda_graph(agent)
+    while run.update < run.total:
+        run.log(update())
+    return run.finish()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

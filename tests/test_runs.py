@@ -1,0 +1,335 @@
+"""What a run leaves behind: files, evaluations, independent seeds, and the same end after any interruption."""
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import METHODS, OFFLINE, checkpoint, flat, same, small
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(method, hopper, out, **flags):
+    return import_module(method).main(small(method, hopper, out, **flags))
+
+
+def stop_at(module, update, monkeypatch, number=signal.SIGTERM):
+    """Lets a signal arrive before the given update is counted."""
+    log = module.Run.log
+
+    def patched(self, losses):
+        if self.update + self.agent.updates_per_call == update:
+            os.kill(os.getpid(), number)
+        log(self, losses)
+
+    monkeypatch.setattr(module.Run, "log", patched)
+
+
+@pytest.mark.parametrize("S", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_trains_and_writes_its_files(method, S, hopper, tmp_path, capsys):
+    folder = run(method, hopper, tmp_path, num_seeds=S)
+    assert {path.name for path in folder.iterdir()} == {
+        "args.json", "run.json", "eval.csv", "losses.csv", "checkpoint.pt", "policy.pt2"}
+    rows = list(csv.DictReader((folder / "eval.csv").open()))
+    assert [(row["update"], row["seed"]) for row in rows] == [(u, str(k)) for u in ("20", "40") for k in range(S)]
+    assert list(rows[0]) == ["update", "seed", "episodes", "return_mean", "return_std", "discounted_return_mean",
+                             "length_mean", "score"]
+    for row in rows:
+        score = 100 * (float(row["return_mean"]) + 20.272305) / (3234.3 + 20.272305)
+        assert float(row["score"]) == pytest.approx(score, abs=1e-3) and float(row["length_mean"]) > 1
+    losses = list(csv.DictReader((folder / "losses.csv").open()))
+    assert {row["seed"] for row in losses} == {str(k) for k in range(S)}
+    assert all(np.isfinite(float(row["value"])) for row in losses)
+    state, about = checkpoint(folder), json.loads((folder / "run.json").read_text())
+    assert {"method", "args", "update", "modules", "optimizers", "rng", "stats"} <= state.keys()
+    assert state["method"] == about["method"] == method and state["update"] == 40
+    assert about["updates_per_second"] > 0 and about["torch"] == torch.__version__
+    last = capsys.readouterr().out.strip()
+    assert "return" in last and "score" in last and "±" in last and str(folder) in last
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shapes_are_what_their_comments_say(method, hopper, tmp_path):
+    folder = run(method, hopper, tmp_path, num_seeds=3)
+    policy = torch.export.load(folder / "policy.pt2").module()
+    assert policy(torch.zeros(7, 11)).shape == (3, 7, 3)
+    for name, x in flat(checkpoint(folder)["modules"]).items():
+        assert x.dim() == 0 or x.shape[0] == 3, name
+
+
+def test_policy_needs_nothing_of_this_repository(hopper, tmp_path):
+    """From raw observations to environment actions, with normalisation inside, as the evaluation computes them."""
+    import td3_bc
+
+    args = small("td3_bc", hopper, tmp_path, num_seeds=3)
+    folder = td3_bc.main(args)
+    code = ("import sys, torch, numpy; policy = torch.export.load(sys.argv[1]).module();"
+            "print(policy(torch.linspace(-2, 2, 22).view(2, 11)).tolist())")
+    result = subprocess.run([sys.executable, "-c", code, folder / "policy.pt2"], cwd=tmp_path, capture_output=True, text=True)
+    state, s = checkpoint(folder), torch.linspace(-2, 2, 22).view(2, 11)
+    actor = td3_bc.Actor(3, 11, 3, 16)
+    actor.load_state_dict(state["modules"]["actor"])
+    expected = actor(((s - state["stats"]["mean"]) / state["stats"]["std"]).expand(3, 2, 11))
+    torch.testing.assert_close(torch.tensor(eval(result.stdout)), expected.detach())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_equals_uninterrupted_to_the_bit(method, hopper, tmp_path, monkeypatch):
+    whole = run(method, hopper, tmp_path / "a", num_seeds=2)
+    module = import_module(method)
+    stop_at(module, 26, monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        run(method, hopper, tmp_path / "b", num_seeds=2)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    (folder,) = (tmp_path / "b").iterdir()
+    assert checkpoint(folder)["update"] == 26
+    monkeypatch.undo()
+    module.main(module.Args(resume=str(folder)))
+    a, b = checkpoint(whole), checkpoint(folder)
+    assert a["update"] == b["update"] == 40
+    for part in "modules", "optimizers", "rng":
+        assert same(a[part], b[part]), part
+    assert (whole / "eval.csv").read_text() == (folder / "eval.csv").read_text()
+
+
+@pytest.mark.parametrize("method", OFFLINE)
+def test_same_seed_same_run_and_agent_k_is_not_seed_k(method, hopper, tmp_path):
+    a, b, c = (checkpoint(run(method, hopper, tmp_path / str(i), **flags))["modules"]["actor"]
+               for i, flags in enumerate([{"num_seeds": 2}, {"num_seeds": 2}, {"num_seeds": 2, "seed": 1}]))
+    assert same(a, b) and not same(a, c)
+    assert not torch.equal(a["net.0.weight"][0], a["net.0.weight"][1])
+
+
+def agent(method, S, args, data):
+    torch.manual_seed(0)
+    return import_module(method).Agent(args, 4, 2, data)
+
+
+def tensors_of(agent, S):
+    states = {"modules": {name: m.state_dict() for name, m in agent.modules.items()},
+              "optimizers": {name: o.state_dict()["state"] for name, o in agent.optimizers.items()}}
+    return {name: x for name, x in flat(states).items() if x.dim() and len(x) == S and "replay" not in name}
+
+
+def fixed_batches(method, module, monkeypatch, batches):
+    """Feeds prepared batches instead of drawn ones."""
+    feed = iter(batches)
+    if method == "sac":
+        monkeypatch.setattr(module.Replay, "sample", lambda self, B: next(feed))
+    else:
+        monkeypatch.setattr(module, "sample", lambda data, args: next(feed))
+
+
+def make_batches(S, B=8, n=12):
+    torch.manual_seed(5)
+    return [(torch.randn(S, B, 4), torch.rand(S, B, 2) * 2 - 1, torch.randn(S, B), torch.randn(S, B, 4),
+             (torch.rand(S, B) < 0.2).float()) for _ in range(n)]
+
+
+def args_for(module, S):
+    return module.Args(num_seeds=S, hidden_dim=16, device="cpu")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_in_seed_0_leaves_the_others_bit_identical(method, monkeypatch):
+    module, found = import_module(method), []
+    for poison in False, True:
+        batches = make_batches(3)
+        if poison:
+            batches[3][2][0] = torch.nan
+            batches[3][1][0] = torch.nan
+        data = module.Replay(3, 4, 4, 2) if method == "sac" else None
+        one = agent(method, 3, args_for(module, 3), data)
+        fixed_batches(method, module, monkeypatch, batches)
+        torch.manual_seed(1)
+        for _ in range(6):
+            one.update()
+        found.append(tensors_of(one, 3))
+    clean, poisoned = found
+    assert all(torch.equal(x[1:], poisoned[name][1:]) for name, x in clean.items())
+    assert poisoned["/modules/actor/net.0.weight"][0].isnan().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_seeds_together_equal_seeds_apart(method, monkeypatch):
+    """S agents side by side against S agents of one, from the same weights and fed the same batches and noise."""
+    module, S = import_module(method), 3
+    make = lambda n: agent(method, n, args_for(module, n), module.Replay(n, 4, 4, 2) if method == "sac" else None)
+    noise = {}
+
+    def randn_like(x):  # noise of agent k by the order of the call, whether it is alone or not
+        key = (len(calls), *x.shape[1:])
+        calls.append(key)
+        torch.manual_seed(len(calls))
+        return torch.randn(S, *x.shape[1:])[who]
+
+    monkeypatch.setattr(torch, "randn_like", randn_like)
+    together = make(S)
+    start = {name: x.clone() for name, x in tensors_of(together, S).items()}
+    calls, who = [], slice(None)
+    fixed_batches(method, module, monkeypatch, make_batches(S))
+    for _ in range(6):
+        together.update()
+    for k in range(S):
+        apart = make(1)
+        for name, x in tensors_of(apart, 1).items():
+            x.copy_(start[name][k : k + 1])
+        calls, who = [], slice(k, k + 1)
+        fixed_batches(method, module, monkeypatch, [[x[k : k + 1] for x in batch] for batch in make_batches(S)])
+        for _ in range(6):
+            apart.update()
+        for name, x in tensors_of(apart, 1).items():
+            torch.testing.assert_close(x[0], tensors_of(together, S)[name][k], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_seed_that_is_not_finite_is_named_and_left_out(hopper, tmp_path, monkeypatch, capsys):
+    import td3_bc
+
+    loss = td3_bc.critic_loss
+    count = []
+
+    def patched(*args):
+        count.append(0)
+        return loss(*args) * torch.tensor([1.0, float("nan") if len(count) > 25 else 1.0, 1.0])
+
+    monkeypatch.setattr(td3_bc, "critic_loss", patched)
+    folder = run("td3_bc", hopper, tmp_path, num_seeds=3)
+    assert "seed 1: critic_loss is nan between updates 20 and 40" in capsys.readouterr().err
+    rows = [row[:2] for row in csv.reader((folder / "eval.csv").open())][1:]
+    assert rows == [["20", "0"], ["20", "1"], ["20", "2"], ["40", "0"], ["40", "2"]]
+    assert all(x.isfinite().all() for x in flat(checkpoint(folder)["modules"]).values())
+
+
+def test_when_no_seed_is_finite_the_run_stops_with_status_1(hopper, tmp_path, monkeypatch, capsys):
+    import bc
+
+    loss = bc.actor_loss
+    monkeypatch.setattr(bc, "actor_loss", lambda *args: loss(*args) * float("nan"))
+    with pytest.raises(SystemExit) as stopped:
+        run("bc", hopper, tmp_path)
+    assert stopped.value.code == 1 and "no seed is finite" in capsys.readouterr().err
+    (folder,) = tmp_path.iterdir()
+    assert all(x.isfinite().all() for x in flat(checkpoint(folder)["modules"]).values())
+
+
+def test_evaluation_is_the_same_in_line_and_in_workers_and_alone(hopper, tmp_path):
+    """td3_bc with two worker processes writes the same eval.csv, and an episode's return is that of a plain loop."""
+    a, b = (run("td3_bc", hopper, tmp_path / str(n), num_seeds=2, eval_workers=n) for n in (0, 2))
+    assert (a / "eval.csv").read_text() == (b / "eval.csv").read_text()
+    import td3_bc
+
+    policy, rows = torch.export.load(a / "policy.pt2").module(), list(csv.DictReader((a / "eval.csv").open()))
+    env, returns, discounted, lengths = gym.make("Hopper-v5"), [], [], []
+    for i in range(2):
+        obs, _ = env.reset(seed=td3_bc.draw_seed(0, 40, 1, i))
+        rewards, ended = [], False
+        while not ended:
+            obs, reward, terminated, truncated, _ = env.step(policy(torch.tensor(obs[None], dtype=torch.float32))[1, 0].numpy())
+            rewards.append(reward)
+            ended = terminated or truncated
+        returns.append(sum(rewards))
+        discounted.append(sum(0.99**t * reward for t, reward in enumerate(rewards)))
+        lengths.append(len(rewards))
+    row = rows[-1]
+    assert (row["update"], row["seed"]) == ("40", "1")
+    assert float(row["return_mean"]) == pytest.approx(np.mean(returns), rel=1e-3)
+    assert float(row["return_std"]) == pytest.approx(np.std(returns), rel=1e-2, abs=1e-2)
+    assert float(row["discounted_return_mean"]) == pytest.approx(np.mean(discounted), rel=1e-3)
+    assert float(row["length_mean"]) == np.mean(lengths)
+
+
+def test_no_evaluation_without_environment_or_episodes(hopper, tmp_path):
+    from conftest import write_d4rl
+
+    data = write_d4rl(tmp_path / "x.hdf5", [30], ["timeout"])
+    for dataset, flags in (data, {}), (hopper, {"eval_episodes": 0}):
+        folder = run("bc", dataset, tmp_path / "out", **flags)
+        assert len((folder / "eval.csv").read_text().splitlines()) == 1 and (folder / "policy.pt2").exists()
+
+
+def test_d4rl_file_is_evaluated_in_the_environment_that_is_named(tmp_path):
+    from conftest import write_d4rl
+
+    data = write_d4rl(tmp_path / "x.hdf5", [30], ["timeout"], obs_dim=11, act_dim=3)
+    folder = run("bc", data, tmp_path / "out", env_id="Hopper-v5")
+    assert len((folder / "eval.csv").read_text().splitlines()) == 3
+
+
+def test_track_logs_to_wandb(hopper, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    logged, begun = [], {}
+    fake = SimpleNamespace(init=lambda **kw: begun.update(kw), define_metric=lambda *a, **kw: None, log=logged.append,
+                           finish=lambda status: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run("bc", hopper, tmp_path, track=True, wandb_project_name="p")
+    assert begun["project"] == "p" and begun["config"]["batch_size"] == 16
+    assert {"update", "losses/actor_loss"} <= logged[0].keys() and any("eval/score" in row for row in logged)
+
+
+def command(*flags):
+    return [sys.executable, ROOT / "algorithms" / "td3_bc.py", *map(str, flags)]
+
+
+def processes(tag):
+    """Process ids of all that carry `tag` in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"RUN_TAG={tag}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:
+            pass
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_killed_five_times_it_ends_the_same_and_leaves_no_process(hopper, tmp_path):
+    flags = ("--dataset-id", hopper, "--num-updates", 3000, "--eval-every", 300, "--eval-episodes", 2, "--eval-workers", 1,
+             "--batch-size", 64, "--hidden-dim", 32, "--device", "cpu")
+    env = {**os.environ, "RUN_TAG": f"{time.time()}"}
+    whole = subprocess.run(command(*flags, "--out-dir", tmp_path / "a"), env=env, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    assert "score" in whole.stderr and "updates/s" in whole.stderr  # the progress bar
+    begin, folder, rng = ("--out-dir", tmp_path / "b"), None, random.Random(time.time())
+    for _ in range(5):
+        process = subprocess.Popen(command(*flags, *begin), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while folder is None and process.poll() is None:
+            folder = next((tmp_path / "b").glob("*/args.json"), None) if (tmp_path / "b").exists() else None
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 6))
+        process.kill()
+        process.wait()
+        begin = ("--resume", folder.parent)
+    deadline = time.time() + 10
+    while processes(env["RUN_TAG"]) and time.time() < deadline:
+        time.sleep(0.1)
+    assert processes(env["RUN_TAG"]) == []
+    end = subprocess.run(command(*flags, *begin), env=env, capture_output=True, text=True)
+    assert end.returncode == 0, end.stderr
+    (a,) = (tmp_path / "a").iterdir()
+    assert (a / "eval.csv").read_text() == (folder.parent / "eval.csv").read_text()
+    x, y = checkpoint(a), checkpoint(folder.parent)
+    assert all(same(x[part], y[part]) for part in ("update", "modules", "optimizers", "rng"))
+
+
+def test_ctrl_c_saves_and_leaves_with_a_message(hopper, tmp_path, monkeypatch, capsys):
+    import bc
+
+    stop_at(bc, 33, monkeypatch, signal.SIGINT)
+    with pytest.raises(SystemExit) as stopped:
+        run("bc", hopper, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert stopped.value.code == 130 and f"--resume {folder}" in capsys.readouterr().err
+    assert checkpoint(folder)["update"] == 33
