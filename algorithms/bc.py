@@ -158,9 +158,9 @@ def load(args):
     """The Task of --dataset-id with its N transitions: obs, next_obs (N, obs_dim), action (N, act_dim) in [-1, 1],
     reward, terminated, episode (N,). Truncated steps stay, with their next_obs, and are not terminated."""
     name, sets, episodes = args.dataset_id, [], []
-    for part in [name] if Path(name).exists() else name.split("+"):
-        sets.append(None if part.endswith(".hdf5") else find(part))
-        try:
+    try:
+        for part in [name] if Path(name).exists() else name.split("+"):
+            sets.append(None if part.endswith(".hdf5") else find(part))
             for i, episode in enumerate(read_minari(sets[-1]) if sets[-1] else read_d4rl(part)):
                 obs, next_obs, action, reward, terminated = map(np.asarray, episode)
                 if obs.ndim != 2 or action.ndim != 2 or action.dtype.kind != "f":
@@ -171,13 +171,13 @@ def load(args):
                     fail(f"{part}: episode {i} holds NaN or inf")
                 if len(obs):
                     episodes.append([x.astype(np.float32) for x in (obs, next_obs, action, reward, terminated)])
-            lengths = torch.tensor([len(obs) for obs, *_ in episodes])
-            obs, next_obs, action, reward, terminated = (
-                torch.from_numpy(np.concatenate(x)).to(args.device) for x in zip(*episodes, strict=True))
-        except Exception as error:
-            fail(f"{part} cannot be read: {error or type(error).__name__}")
-    if len(obs) < args.batch_size:
-        fail(f"{name} holds {len(obs)} transitions, fewer than --batch-size {args.batch_size}")
+        lengths = torch.tensor([len(obs) for obs, *_ in episodes], dtype=torch.long)
+        if lengths.sum() < args.batch_size:
+            fail(f"{name} holds {lengths.sum()} transitions, fewer than --batch-size {args.batch_size}")
+        obs, next_obs, action, reward, terminated = (
+            torch.from_numpy(np.concatenate(x)).to(args.device) for x in zip(*episodes))
+    except Exception as error:
+        fail(f"{part} cannot be read: {error or type(error).__name__}")
     data = Task(args, sets[0], obs.shape[1], action.shape[1])
     if sets[0] is None and data.spec is None and action.abs().max() > 1:
         fail(f"{name} has actions outside [-1, 1]: name its environment with --env-id")
@@ -338,7 +338,7 @@ METHOD = Path(__file__).stem
 
 def fail(message, status=2):
     """One sentence on standard error, then the end."""
-    sys.stderr.write(f"{METHOD}: {message}\n")
+    sys.stderr.write(f"{METHOD}: {' '.join(message.split())}\n")
     raise SystemExit(status)
 
 
@@ -542,7 +542,7 @@ class Run:
             self.losses = [",".join(row) for row in losses if int(row[0]) <= self.update]
             self.pending = {update: job for update, job in state["pending"].items() if update not in self.evals}
         except Exception as error:
-            fail(f"--resume: {self.dir / 'checkpoint.pt'} cannot be used: {error}")
+            fail(f"--resume: {self.dir / 'checkpoint.pt'} cannot be used: {str(error).split('. ')[0]}")
 
     def finish(self):
         """Waits for the last evaluations, saves, exports policy.pt2."""

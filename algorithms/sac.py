@@ -353,7 +353,7 @@ METHOD = Path(__file__).stem
 
 def fail(message, status=2):
     """One sentence on standard error, then the end."""
-    sys.stderr.write(f"{METHOD}: {message}\n")
+    sys.stderr.write(f"{METHOD}: {' '.join(message.split())}\n")
     raise SystemExit(status)
 
 
@@ -557,7 +557,7 @@ class Run:
             self.losses = [",".join(row) for row in losses if int(row[0]) <= self.update]
             self.pending = {update: job for update, job in state["pending"].items() if update not in self.evals}
         except Exception as error:
-            fail(f"--resume: {self.dir / 'checkpoint.pt'} cannot be used: {error}")
+            fail(f"--resume: {self.dir / 'checkpoint.pt'} cannot be used: {str(error).split('. ')[0]}")
 
     def finish(self):
         """Waits for the last evaluations, saves, exports policy.pt2."""
@@ -660,7 +660,8 @@ class Recorder:
 
     def replayed(self):
         """Agent 0's training episodes; the one that is still open is cut, which counts as a truncation."""
-        replay = {name: x[0, : self.agent.data.size].cpu() for name, x in self.agent.data.named_buffers() if x.dim()}
+        seen = self.agent.data.size
+        replay = {name: x[0, :seen].cpu().clone() for name, x in self.agent.data.named_buffers() if x.dim()}
         replay["truncated"][-1] = 1 - replay["terminated"][-1]
         stops = (replay["terminated"] + replay["truncated"]).nonzero().flatten() + 1
         raw, episodes = self.task.shift.cpu() + self.task.scale.cpu() * replay["action"], []
@@ -715,7 +716,7 @@ class Recorder:
         del os.environ["MINARI_DATASETS_PATH"]
         os.environ.update({"MINARI_DATASETS_PATH": known} if known else {})
         old = part / name / "data" / "main_data.hdf5"
-        with h5py.File(old) as source, h5py.File(old.with_name("packed"), "w") as packed:
+        with h5py.File(old) as source, h5py.File(old.with_name("packed"), "w", libver="latest") as packed:
             packed.attrs.update(source.attrs)
             source.visititems(lambda path, item: (
                 packed.create_dataset(path, data=item[()], compression="gzip", compression_opts=9, shuffle=True)

@@ -68,14 +68,16 @@ def write_d4rl(path, lengths, ends, obs_dim=3, act_dim=2, next_observations=True
     holds (episode, step, 0.1), an action (step / 100, ...), a reward the global row number."""
     rows = [(e, t) for e, n in enumerate(lengths) for t in range(n)]
     obs = np.array([[e, t, *[0.1] * (obs_dim - 2)] for e, t in rows], np.float32)
-    last = np.array([t == lengths[e] - 1 for e, t in rows])
-    kind = np.array([ends[e] for e, _ in rows])
+    last = np.array([t == lengths[e] - 1 for e, t in rows], bool)
+    kind = np.array([ends[e] for e, _ in rows], dtype=str)
     data = {
         "observations": obs, "actions": np.array([[t / 100] * act_dim for _, t in rows], np.float32),
         "rewards": np.arange(len(rows), dtype=np.float32),
         "terminals": last & (kind == "terminal"), "timeouts": last & (kind == "timeout")}
-    if next_observations:
+    if next_observations is True:
         data["next_observations"] = obs + np.eye(obs_dim, dtype=np.float32)[1]
+    if isinstance(next_observations, np.ndarray):
+        data["next_observations"] = next_observations
     data.update(changes)
     with h5py.File(path, "w") as file:
         for key, value in data.items():
