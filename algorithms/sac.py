@@ -258,11 +258,11 @@ class Task:
     def __init__(self, args, dataset=None, obs_dim=None, act_dim=None):
         self.spec, self.obs_space, reference = None, None, (np.nan, np.nan)
         space = gym.spaces.Box(-1, 1, (act_dim or 1,))
-        if dataset:
+        if dataset is not None:
             self.obs_space, space, known = dataset.observation_space, dataset.action_space, dataset.storage.metadata
             reference = known.get("ref_min_score", np.nan), known.get("ref_max_score", np.nan)
         try:
-            if args.env_id or args.eval_episodes and dataset and dataset.env_spec:
+            if args.env_id or args.eval_episodes and dataset is not None and dataset.env_spec:
                 env = gym.make(args.env_id) if args.env_id else dataset.recover_environment(eval_env=True)
                 self.spec, self.obs_space, space = env.spec, self.obs_space or env.observation_space, env.action_space
                 self.spec.max_episode_steps = env.spec.max_episode_steps or 1000  # an episode has to end

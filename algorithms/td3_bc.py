@@ -210,7 +210,7 @@ def load(args):
     try:
         for part in [name] if Path(name).exists() else name.split("+"):
             sets.append(None if part.endswith(".hdf5") else find(part))
-            for i, episode in enumerate(read_minari(sets[-1]) if sets[-1] else read_d4rl(part)):
+            for i, episode in enumerate(read_d4rl(part) if sets[-1] is None else read_minari(sets[-1])):
                 obs, next_obs, action, reward, terminated = map(np.asarray, episode)
                 if obs.ndim != 2 or action.ndim != 2 or action.dtype.kind != "f":
                     fail(f"{part} does not hold vectors of observations and of continuous actions")
@@ -292,11 +292,11 @@ class Task:
     def __init__(self, args, dataset=None, obs_dim=None, act_dim=None):
         self.spec, self.obs_space, reference = None, None, (np.nan, np.nan)
         space = gym.spaces.Box(-1, 1, (act_dim or 1,))
-        if dataset:
+        if dataset is not None:
             self.obs_space, space, known = dataset.observation_space, dataset.action_space, dataset.storage.metadata
             reference = known.get("ref_min_score", np.nan), known.get("ref_max_score", np.nan)
         try:
-            if args.env_id or args.eval_episodes and dataset and dataset.env_spec:
+            if args.env_id or args.eval_episodes and dataset is not None and dataset.env_spec:
                 env = gym.make(args.env_id) if args.env_id else dataset.recover_environment(eval_env=True)
                 self.spec, self.obs_space, space = env.spec, self.obs_space or env.observation_space, env.action_space
                 self.spec.max_episode_steps = env.spec.max_episode_steps or 1000  # an episode has to end
