@@ -336,8 +336,8 @@ def evaluate(policy, spec, obs_space, update, seeds, alive, gamma, reference):
                 sums[:, i] += reward, gamma ** sums[2, i] * reward, 1
     total, discounted, length = sums.reshape(3, S, n)
     mean, std = total.mean(1), total.std(1)
-    columns = mean, std, discounted.mean(1), length.mean(1), 100 * (mean - low) / (high - low)
-    return [[update, k, n, *row] for k, row in enumerate(zip(*columns)) if alive[k]]
+    rows = np.stack([mean, std, discounted.mean(1), length.mean(1), 100 * (mean - low) / (high - low)], 1).tolist()
+    return [[update, k, n, *row] for k, row in enumerate(rows) if alive[k]]
 
 
 def start_worker():
@@ -390,6 +390,8 @@ def check(args):
 
 class Run:
     """The directory of a run: `log` follows each call of update, `finish` the last."""
+
+    KEPT = "update", "logged", "seconds", "alive", "evals", "losses", "pending"  # in the checkpoint
 
     def __init__(self, args, agent, task, total):
         self.args, self.agent, self.task, per_call = args, agent, task, agent.updates_per_call
@@ -528,8 +530,7 @@ class Run:
             "updates_per_second": round(self.update / self.seconds, 2)}, indent=1))
         buffer = io.BytesIO()
         torch.save({
-            "method": METHOD, "args": vars(self.args), "update": self.update,
-            "seconds": self.seconds, "alive": self.alive, "pending": self.pending,
+            "method": METHOD, "args": vars(self.args), **{name: getattr(self, name) for name in self.KEPT},
             "modules": {name: module.state_dict() for name, module in self.agent.modules.items()},
             "optimizers": {name: opt.state_dict() for name, opt in self.agent.optimizers.items()},
             "rng": [torch.get_rng_state(), torch.cuda.get_rng_state() if self.args.device != "cpu" else None],
@@ -537,25 +538,19 @@ class Run:
         self.write("checkpoint.pt", buffer.getvalue())
 
     def restore(self):
-        """Takes up checkpoint.pt and the rows up to its update; evaluations that were in flight run again."""
+        """Takes up checkpoint.pt, in which evaluations that were in flight are `pending` and run again."""
         try:
             state = torch.load(self.dir / "checkpoint.pt", map_location=self.args.device, weights_only=True)
+            if state["method"] != METHOD:
+                raise ValueError(f"it is of {state['method']}")
             for kind, parts in ("modules", self.agent.modules), ("optimizers", self.agent.optimizers):
                 for name, part in parts.items():
                     part.load_state_dict(state[kind][name])
             torch.set_rng_state(state["rng"][0].cpu())
             if self.args.device != "cpu" and state["rng"][1] is not None:
                 torch.cuda.set_rng_state(state["rng"][1].cpu())
-            if state["method"] != METHOD:
-                raise ValueError(f"it is of {state['method']}")
-            self.update, self.seconds, self.alive = state["update"], state["seconds"], state["alive"]
-            evals, losses = ([line.split(",") for line in (self.dir / name).read_text().split()[1:]]
-                             for name in ("eval.csv", "losses.csv"))
-            for row in evals:
-                if int(row[0]) <= self.update:
-                    self.evals.setdefault(int(row[0]), []).append([float(x or "nan") for x in row])
-            self.losses = [",".join(row) for row in losses if int(row[0]) <= self.update]
-            self.pending = {update: job for update, job in state["pending"].items() if update not in self.evals}
+            for name in self.KEPT:
+                setattr(self, name, state[name])
         except Exception as error:
             fail(f"--resume: {self.dir / 'checkpoint.pt'} cannot be used: {str(error).split('. ')[0]}")
 
