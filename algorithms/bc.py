@@ -400,6 +400,8 @@ class Run:
         self.handlers = {n: signal.signal(n, self.interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=self.total, initial=self.update, desc=METHOD, unit=" updates",
                         mininterval=0.2 if sys.stderr.isatty() else 20)
+        if args.eval_episodes and not task.spec:
+            tqdm.write(f"{METHOD}: the data names no environment, so nothing is evaluated without --env-id", sys.stderr)
         for update in self.pending:
             self.submit(update)
 
@@ -491,7 +493,8 @@ class Run:
         except OSError as error:
             if os.path.exists(part):
                 part.unlink()
-            fail(f"{self.dir / name} cannot be written ({error}); what was there before is kept")
+            end = self.close if hasattr(self, "bar") else fail
+            end(f"{self.dir / name} cannot be written ({error}); what was there before is kept", 2)
 
     def save(self):
         """Brings all files up to date; a seed that is left out goes back to its last saved state."""
@@ -553,8 +556,10 @@ class Run:
     def close(self, message, status=0):
         """Ends the workers and says what there is to say; a status other than 0 ends the process."""
         self.bar.close()
-        for worker in multiprocessing.active_children():
+        for worker in multiprocessing.active_children() if status else []:
             worker.terminate()
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         print(f"{METHOD}: {message}", file=sys.stderr if status else sys.stdout, flush=True)
@@ -576,4 +581,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
     main(tyro.cli(Args))

@@ -34,8 +34,6 @@ def test_shared_blocks_are_identical():
     texts = {}
     for path in FILES:
         for name, text in blocks(path).items():
-            if name == "shared: main":
-                text = text.removesuffix('if __name__ == "__main__":\n    main(tyro.cli(Args))')
             texts.setdefault(name, {}).setdefault(text, []).append(path.stem)
     assert {"shared: optimisation", "shared: evaluation", "shared: run"} <= texts.keys()
     assert {name: list(versions.values()) for name, versions in texts.items() if len(versions) > 1} == {}
