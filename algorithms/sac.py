@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy>=2.0", "gymnasium[mujoco,box2d]>=1.2", "minari[hdf5,hf]>=0.5.4",
+# dependencies = ["torch==2.13.0", "numpy>=2.0", "gymnasium[mujoco,box2d]>=1.2.3", "minari[hdf5,hf]>=0.5.4",
 #   "tyro>=0.9.20", "tqdm>=4.66", "wandb>=0.19", "matplotlib>=3.9", "pytest>=8.3"]
 # ///
 """SAC: Soft Actor-Critic Algorithms and Applications.
@@ -341,8 +341,7 @@ def evaluate(policy, spec, obs_space, update, seeds, alive, gamma, reference):
 
 
 def start_worker():
-    """Ctrl-C is for the parent to handle; a worker ends with its parent, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker keeps to one core and ends with its parent, however that ends."""
     torch.set_num_threads(1)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
@@ -440,13 +439,6 @@ class Run:
             self.collect()
         if point or self.signal or not any(self.alive):
             self.save()
-        self.leave()
-
-    def leave(self):
-        if self.signal:
-            self.close(f"stopped at update {self.update}; go on with --resume {self.dir}", 128 + self.signal)
-        if not any(self.alive):
-            self.close(f"no seed is finite any more; the last good state is in {self.dir}", 1)
 
     def tensors(self):
         """The agent's tensors that have a seed dimension."""
@@ -476,7 +468,9 @@ class Run:
         seeds = np.reshape([draw_seed(args.seed, update, *i) for i in np.ndindex(shape)], shape)
         job = (evaluate, pickle.dumps(policy), pickle.dumps(task.spec), task.obs_space,
                update, seeds, alive, args.gamma, task.reference)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a worker that starts here inherits it: Ctrl-C is for the parent
         self.jobs[update] = self.pool.submit(*job) if self.pool else functools.partial(*job)
+        signal.signal(signal.SIGINT, self.interrupt)
 
     def collect(self):
         """Takes in the evaluations that are done."""
@@ -512,7 +506,7 @@ class Run:
             end(f"{self.dir / name} cannot be written ({error}); what was there before is kept", 2)
 
     def save(self):
-        """Brings all files up to date; a seed that is left out goes back to its last saved state."""
+        """Brings all files up to date, seeds that are left out as they were last saved; ends the run if it has to."""
         for x, good in self.good:
             for k in np.flatnonzero(np.invert(self.alive)):
                 x[k] = good[k]
@@ -539,6 +533,10 @@ class Run:
             "rng": [torch.get_rng_state(), torch.cuda.get_rng_state() if self.args.device != "cpu" else None],
             "stats": {name: getattr(self.task, name) for name in ("mean", "std", "shift", "scale")}}, buffer)
         self.write("checkpoint.pt", buffer.getvalue())
+        if self.signal:
+            self.close(f"stopped at update {self.update}; go on with --resume {self.dir}", 128 + self.signal)
+        if not any(self.alive):
+            self.close(f"no seed is finite any more; the last good state is in {self.dir}", 1)
 
     def restore(self):
         """Takes up checkpoint.pt, in which evaluations that were in flight are `pending` and run again."""
@@ -563,7 +561,6 @@ class Run:
             self.collect()
             time.sleep(0.02)
         self.save()
-        self.leave()
         self.write("policy.pt2", export(RawPolicy(self.agent.policy, self.args.num_seeds, self.task)))
         self.close(f"{self.summary() if self.evals else 'done'} after {self.update} updates; files in {self.dir}")
         return self.dir
