@@ -148,7 +148,8 @@ def prepare(data, args):
     data.reward, data.action = data.reward + args.reward_shift, data.action.clamp(-1 + 1e-5, 1 - 1e-5)
     if args.return_range:
         returns = torch.zeros(data.episode.max() + 1, device=args.device).index_add_(0, data.episode, data.reward)
-        data.reward *= args.return_range / (returns.max() - returns.min())
+        span = (returns.max() - returns.min()).item() or fail("all returns are equal: set --return-range 0")
+        data.reward *= args.return_range / span
 
 
 class Agent:
@@ -188,7 +189,7 @@ class Agent:
 
 # --- shared: imports ---
 import functools, io, json, logging, multiprocessing, os, pickle, platform, re, signal, subprocess, sys, threading, time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -222,8 +223,9 @@ def cuda_graph(agent):
     """`agent.update`; on CUDA three calls warm up and the fourth becomes the graph that is replayed from then on."""
     if agent.args.device == "cpu":
         return agent.update
+    stream = torch.cuda.Stream()  # the default stream cannot be recorded
     torch.cuda.synchronize()
-    torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
+    torch.cuda.set_stream(stream)
 
     def calls():
         for _ in range(3):
@@ -235,6 +237,7 @@ def cuda_graph(agent):
             update = lambda: graph.replay() or losses
         except Exception as error:
             tqdm.write(f"no CUDA graph, going on without: {error}", sys.stderr)
+            torch.cuda.set_stream(stream)
             torch.cuda.set_rng_state(rng)
         while True:
             yield update()
@@ -252,8 +255,8 @@ def load(args):
             sets.append(None if part.endswith(".hdf5") else find(part))
             for i, episode in enumerate(read_d4rl(part) if sets[-1] is None else read_minari(sets[-1])):
                 obs, next_obs, action, reward, terminated = map(np.asarray, episode)
-                if obs.ndim != 2 or action.ndim != 2 or action.dtype.kind != "f":
-                    fail(f"{part} does not hold vectors of observations and of continuous actions")
+                if [x.ndim for x in (obs, action, reward, terminated)] != [2, 2, 1, 1] or action.dtype.kind != "f":
+                    fail(f"{part} does not hold vectors of observations and continuous actions, and numbers as rewards")
                 if len({len(x) for x in (obs, next_obs, action, reward, terminated)}) > 1:
                     fail(f"{part}: episode {i} needs one observation more than its {len(action)} actions")
                 if not all(np.isfinite(x).all() for x in (obs, next_obs, action, reward)):
@@ -267,8 +270,8 @@ def load(args):
             torch.from_numpy(np.concatenate(x)).to(args.device) for x in zip(*episodes))
     except Exception as error:
         fail(f"{part} cannot be read: {error or type(error).__name__}")
-    data = Task(args, sets[0], obs.shape[1], action.shape[1])
-    if sets[0] is None and data.spec is None and action.abs().max() > 1:
+    data = Task(args, next((x for x in sets if x is not None), None), obs.shape[1], action.shape[1])
+    if None in sets and data.spec is None and action.abs().max() > 1:
         fail(f"{name} has actions outside [-1, 1]: name its environment with --env-id")
     data.obs, data.next_obs, data.reward, data.terminated = obs, next_obs, reward, terminated
     data.action = ((action - data.shift) / data.scale).clamp(-1, 1)
@@ -278,7 +281,7 @@ def load(args):
 
 def find(name):
     """A Minari dataset by its directory or its id: one that ships, a local one, else one from the hub."""
-    shipped = Path(__file__).resolve().parents[1] / "datasets"
+    shipped = Path(__file__).resolve().parent.parent / "datasets"
     local = Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
     found = [place for place in (Path(name), shipped / name, local / name) if (place / "data").is_dir()]
     try:
@@ -340,10 +343,12 @@ class Task:
                 env = gym.make(args.env_id) if args.env_id else dataset.recover_environment(eval_env=True)
                 self.spec, self.obs_space, space = env.spec, self.obs_space or env.observation_space, env.action_space
                 self.spec.max_episode_steps = env.spec.max_episode_steps or 1000  # an episode has to end
-                size = flat(env.reset(seed=0)[0], self.obs_space).size
-                if obs_dim not in (None, size):
-                    raise ValueError(f"its observations have {size} entries, the data's {obs_dim}")
-                obs_dim = size
+                shape = flat(env.reset(seed=0)[0], self.obs_space).shape
+                if len(shape) != 1 or obs_dim not in (None, *shape):
+                    raise ValueError(f"its observations have shape {shape}, the data's ({obs_dim or 'any'},)")
+                (obs_dim,) = shape
+            if obs_dim is None:
+                raise ValueError("no --env-id")
         except Exception as error:
             fail(f"no environment to act in ({error}): install it, name another with --env-id, or --eval-episodes 0")
         fits = isinstance(space, gym.spaces.Box) and space.is_bounded() and len(space.shape) == 1
@@ -401,7 +406,7 @@ def evaluate(policy, spec, obs_space, update, seeds, alive, gamma, reference):
     envs, running, sums = environments(spec, S * n), np.repeat(alive, n), np.zeros((3, S * n))
     obs = np.stack([flat(env.reset(seed=int(seed))[0], obs_space) for env, seed in zip(envs, seeds.flat)])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(seeds[0, 0]))
+        torch.default_generator.manual_seed(int(seeds[0, 0]))
         while running.any():
             action = policy(torch.from_numpy(obs).view(S, n, -1)).flatten(0, 1).numpy()
             for i in np.flatnonzero(running):
@@ -439,20 +444,22 @@ def check(args):
         fail(f"--resume {args.resume} is no directory of a run: {error}")
     if saved and saved.keys() != vars(args).keys():
         fail(f"--resume {args.resume} holds a run of another method than {METHOD}")
+    typed = {word.split("=")[0].lstrip("-").replace("-", "_") for word in sys.argv[1:]}
     for name, was in saved.items():
-        if getattr(args, name) == getattr(Args, name):
+        if getattr(args, name) == getattr(Args, name) and name not in typed:
             setattr(args, name, was)
         free = ["resume", "device", "eval_workers", "track"] + ["num_updates"] * (not hasattr(Agent, "schedule"))
         if getattr(args, name) != was and name not in free:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
     for name, value in vars(args).items():
         least = name not in ("seed", "eval_episodes", "eval_workers")
-        if (type(value) is int and value < least or name in ("gamma", "tau") and not 0 <= value <= 1
+        fraction = name in ("gamma", "tau", "expectile", "dropout")
+        if (type(value) is int and not least <= value < 2**63 or fraction and not 0 <= value <= 1
                 or name.endswith(("_lr", "_rate")) and not value > 0):
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     cuda = torch.cuda.is_available()
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
-    if not re.fullmatch(r"cpu|cuda(:\d+)?" if cuda else "cpu", args.device):
+    if args.device not in ["cpu"] + ["cuda"] * cuda + [f"cuda:{i}" for i in range(torch.cuda.device_count())]:
         fail(f"--device {args.device} is not here: it can be {'cuda, ' * cuda}cpu or auto")
     if args.device != "cpu":
         torch.cuda.set_device(torch.device(args.device).index or 0)
@@ -477,14 +484,19 @@ class Run:
             self.restore()
         self.good, self.saved = [(x, x.clone()) for x in self.tensors()], self.update
         self.began = time.time() - self.seconds
-        self.write("args.json", json.dumps({**vars(args), "resume": ""}, indent=1))
         if args.track:
             import wandb
-            wandb.init(project=args.wandb_project_name, id=self.dir.name, config=vars(args), resume="allow")
-            wandb.define_metric("*", step_metric="update")
+            try:
+                name = self.dir.resolve().name
+                wandb.init(project=args.wandb_project_name, id=name, config=vars(args), resume="allow")
+                wandb.define_metric("*", step_metric="update")
+            except Exception as error:
+                fail(f"--track: {error}")
+        self.write("args.json", json.dumps({**vars(args), "resume": ""}, indent=1))
         self.track = wandb.log if args.track else lambda row: None
         spawn = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(args.eval_workers, spawn, start_worker) if args.eval_workers else None
+        self.others = set(multiprocessing.active_children())
         self.handlers = {n: signal.signal(n, self.interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=self.total, initial=self.update, desc=METHOD, unit=" updates",
                         mininterval=0.2 if sys.stderr.isatty() else 20)
@@ -505,19 +517,18 @@ class Run:
         if point or self.signal or self.update % self.log_every == 0:
             self.seconds = time.time() - self.began
             self.examine({name: loss.tolist() for name, loss in losses.items()})
-            self.collect()
-        if point and self.args.eval_episodes and self.task.spec and any(self.alive):
-            policy = RawPolicy(self.agent.policy, self.args.num_seeds, self.task)
-            self.pending[self.update] = list(self.alive), policy.state_dict()
-            self.submit(self.update)
+            if point and self.args.eval_episodes and self.task.spec and any(self.alive):
+                policy = RawPolicy(self.agent.policy, self.args.num_seeds, self.task)
+                self.pending[self.update] = list(self.alive), policy.state_dict()
+                self.submit(self.update)
             self.collect()
         if point or self.signal or not any(self.alive):
             self.save()
 
     def tensors(self):
-        """The agent's tensors that have a seed dimension."""
+        """The agent's weights and moments, which have a seed dimension."""
         found = [v for opt in self.agent.optimizers.values() for state in opt.state.values() for v in state.values()]
-        found += [v for module in self.agent.modules.values() for v in module.state_dict().values()]
+        found += [p.data for module in self.agent.modules.values() for p in module.parameters()]
         return [x for x in found if x.dim() and len(x) == self.args.num_seeds]
 
     def examine(self, losses):
@@ -542,9 +553,14 @@ class Run:
         seeds = np.reshape([draw_seed(args.seed, update, *i) for i in np.ndindex(shape)], shape)
         job = (evaluate, pickle.dumps(policy), pickle.dumps(task.spec), task.obs_space,
                update, seeds, alive, args.gamma, task.reference)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a worker that starts here inherits it: Ctrl-C is for the parent
-        self.jobs[update] = self.pool.submit(*job) if self.pool else functools.partial(*job)
-        signal.signal(signal.SIGINT, self.interrupt)
+        handlers = {n: signal.signal(n, signal.SIG_IGN) for n in self.handlers}  # a worker inherits it
+        try:
+            self.jobs[update] = self.pool.submit(*job) if self.pool else functools.partial(*job)
+        except BrokenExecutor as error:
+            self.jobs[update] = Future()
+            self.jobs[update].set_exception(error)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def collect(self):
         """Takes in the evaluations that are done."""
@@ -553,6 +569,7 @@ class Run:
             try:
                 self.evals[update] = job.result() if self.pool else job()
             except Exception as error:
+                self.save()
                 self.close(f"the evaluation of update {update} failed ({error!r}); go on with --resume {self.dir}", 1)
             del self.pending[update]
             self.bar.set_postfix_str(self.summary())
@@ -621,6 +638,8 @@ class Run:
             for kind, parts in ("modules", self.agent.modules), ("optimizers", self.agent.optimizers):
                 for name, part in parts.items():
                     part.load_state_dict(state[kind][name])
+            for opt in self.agent.optimizers.values():
+                opt.param_groups[0]["capturable"] = self.args.device != "cpu"
             torch.set_rng_state(state["rng"][0].cpu())
             if self.args.device != "cpu" and state["rng"][1] is not None:
                 torch.cuda.set_rng_state(state["rng"][1].cpu())
@@ -642,8 +661,8 @@ class Run:
     def close(self, message, status=0):
         """Ends the workers and says what there is to say; a status other than 0 ends the process."""
         self.bar.close()
-        for worker in multiprocessing.active_children() if status else []:
-            worker.terminate()
+        for worker in set(multiprocessing.active_children()) - self.others if status else []:
+            worker.kill()
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
         for number, handler in self.handlers.items():

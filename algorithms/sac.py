@@ -14,7 +14,8 @@ Haarnoja et al., 2018. https://arxiv.org/abs/1812.05905  Trained online; with --
     python algorithms/sac.py --env-id Hopper-v5 --num-steps 300000 --seed 2 --record datasets --record-steps 100000
 
 Departs from the paper: CleanRL's settings (rates 3e-4 and 1e-3, log deviation in [-5, 2] through tanh, two actor steps
-after every two critic steps, 5,000 uniform steps first); two environment steps are taken before two critic steps.
+after every two critic steps, 5,000 uniform steps first), but the temperature sees the log-probabilities of the actor's
+step, as in the paper, and two environment steps are taken before two critic steps.
 Shapes: S seeds, B batch, E critics, N steps. Each seed acts in an environment of its own and they never interact.
 """
 import copy
@@ -153,6 +154,13 @@ class Replay(nn.Module):
             self.register_buffer(name, torch.zeros(S, N, *size))
         self.register_buffer("size", torch.tensor(0))
 
+    def state_dict(self, **_):  # the steps made so far
+        return {name: x[:, : self.size].clone() if x.dim() else x.clone() for name, x in self.named_buffers()}
+
+    def load_state_dict(self, state):
+        for name, x in self.named_buffers():
+            (x[:, : state["size"]] if x.dim() else x).copy_(state[name])
+
     def sample(self, B):  # s, a, r, s_next, d, each (S, B, .) or (S, B)
         S, _ = self.reward.shape
         i = (torch.rand(S, B, dtype=torch.float64, device=self.size.device) * self.size).long()
@@ -192,7 +200,7 @@ class Agent:
 
 # --- shared: imports ---
 import functools, io, json, logging, multiprocessing, os, pickle, platform, re, signal, subprocess, sys, threading, time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -226,8 +234,9 @@ def cuda_graph(agent):
     """`agent.update`; on CUDA three calls warm up and the fourth becomes the graph that is replayed from then on."""
     if agent.args.device == "cpu":
         return agent.update
+    stream = torch.cuda.Stream()  # the default stream cannot be recorded
     torch.cuda.synchronize()
-    torch.cuda.set_stream(torch.cuda.Stream())  # the default stream cannot be recorded
+    torch.cuda.set_stream(stream)
 
     def calls():
         for _ in range(3):
@@ -239,6 +248,7 @@ def cuda_graph(agent):
             update = lambda: graph.replay() or losses
         except Exception as error:
             tqdm.write(f"no CUDA graph, going on without: {error}", sys.stderr)
+            torch.cuda.set_stream(stream)
             torch.cuda.set_rng_state(rng)
         while True:
             yield update()
@@ -266,10 +276,12 @@ class Task:
                 env = gym.make(args.env_id) if args.env_id else dataset.recover_environment(eval_env=True)
                 self.spec, self.obs_space, space = env.spec, self.obs_space or env.observation_space, env.action_space
                 self.spec.max_episode_steps = env.spec.max_episode_steps or 1000  # an episode has to end
-                size = flat(env.reset(seed=0)[0], self.obs_space).size
-                if obs_dim not in (None, size):
-                    raise ValueError(f"its observations have {size} entries, the data's {obs_dim}")
-                obs_dim = size
+                shape = flat(env.reset(seed=0)[0], self.obs_space).shape
+                if len(shape) != 1 or obs_dim not in (None, *shape):
+                    raise ValueError(f"its observations have shape {shape}, the data's ({obs_dim or 'any'},)")
+                (obs_dim,) = shape
+            if obs_dim is None:
+                raise ValueError("no --env-id")
         except Exception as error:
             fail(f"no environment to act in ({error}): install it, name another with --env-id, or --eval-episodes 0")
         fits = isinstance(space, gym.spaces.Box) and space.is_bounded() and len(space.shape) == 1
@@ -327,7 +339,7 @@ def evaluate(policy, spec, obs_space, update, seeds, alive, gamma, reference):
     envs, running, sums = environments(spec, S * n), np.repeat(alive, n), np.zeros((3, S * n))
     obs = np.stack([flat(env.reset(seed=int(seed))[0], obs_space) for env, seed in zip(envs, seeds.flat)])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(seeds[0, 0]))
+        torch.default_generator.manual_seed(int(seeds[0, 0]))
         while running.any():
             action = policy(torch.from_numpy(obs).view(S, n, -1)).flatten(0, 1).numpy()
             for i in np.flatnonzero(running):
@@ -365,20 +377,22 @@ def check(args):
         fail(f"--resume {args.resume} is no directory of a run: {error}")
     if saved and saved.keys() != vars(args).keys():
         fail(f"--resume {args.resume} holds a run of another method than {METHOD}")
+    typed = {word.split("=")[0].lstrip("-").replace("-", "_") for word in sys.argv[1:]}
     for name, was in saved.items():
-        if getattr(args, name) == getattr(Args, name):
+        if getattr(args, name) == getattr(Args, name) and name not in typed:
             setattr(args, name, was)
         free = ["resume", "device", "eval_workers", "track"] + ["num_updates"] * (not hasattr(Agent, "schedule"))
         if getattr(args, name) != was and name not in free:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
     for name, value in vars(args).items():
         least = name not in ("seed", "eval_episodes", "eval_workers")
-        if (type(value) is int and value < least or name in ("gamma", "tau") and not 0 <= value <= 1
+        fraction = name in ("gamma", "tau", "expectile", "dropout")
+        if (type(value) is int and not least <= value < 2**63 or fraction and not 0 <= value <= 1
                 or name.endswith(("_lr", "_rate")) and not value > 0):
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     cuda = torch.cuda.is_available()
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
-    if not re.fullmatch(r"cpu|cuda(:\d+)?" if cuda else "cpu", args.device):
+    if args.device not in ["cpu"] + ["cuda"] * cuda + [f"cuda:{i}" for i in range(torch.cuda.device_count())]:
         fail(f"--device {args.device} is not here: it can be {'cuda, ' * cuda}cpu or auto")
     if args.device != "cpu":
         torch.cuda.set_device(torch.device(args.device).index or 0)
@@ -403,14 +417,19 @@ class Run:
             self.restore()
         self.good, self.saved = [(x, x.clone()) for x in self.tensors()], self.update
         self.began = time.time() - self.seconds
-        self.write("args.json", json.dumps({**vars(args), "resume": ""}, indent=1))
         if args.track:
             import wandb
-            wandb.init(project=args.wandb_project_name, id=self.dir.name, config=vars(args), resume="allow")
-            wandb.define_metric("*", step_metric="update")
+            try:
+                name = self.dir.resolve().name
+                wandb.init(project=args.wandb_project_name, id=name, config=vars(args), resume="allow")
+                wandb.define_metric("*", step_metric="update")
+            except Exception as error:
+                fail(f"--track: {error}")
+        self.write("args.json", json.dumps({**vars(args), "resume": ""}, indent=1))
         self.track = wandb.log if args.track else lambda row: None
         spawn = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(args.eval_workers, spawn, start_worker) if args.eval_workers else None
+        self.others = set(multiprocessing.active_children())
         self.handlers = {n: signal.signal(n, self.interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=self.total, initial=self.update, desc=METHOD, unit=" updates",
                         mininterval=0.2 if sys.stderr.isatty() else 20)
@@ -431,19 +450,18 @@ class Run:
         if point or self.signal or self.update % self.log_every == 0:
             self.seconds = time.time() - self.began
             self.examine({name: loss.tolist() for name, loss in losses.items()})
-            self.collect()
-        if point and self.args.eval_episodes and self.task.spec and any(self.alive):
-            policy = RawPolicy(self.agent.policy, self.args.num_seeds, self.task)
-            self.pending[self.update] = list(self.alive), policy.state_dict()
-            self.submit(self.update)
+            if point and self.args.eval_episodes and self.task.spec and any(self.alive):
+                policy = RawPolicy(self.agent.policy, self.args.num_seeds, self.task)
+                self.pending[self.update] = list(self.alive), policy.state_dict()
+                self.submit(self.update)
             self.collect()
         if point or self.signal or not any(self.alive):
             self.save()
 
     def tensors(self):
-        """The agent's tensors that have a seed dimension."""
+        """The agent's weights and moments, which have a seed dimension."""
         found = [v for opt in self.agent.optimizers.values() for state in opt.state.values() for v in state.values()]
-        found += [v for module in self.agent.modules.values() for v in module.state_dict().values()]
+        found += [p.data for module in self.agent.modules.values() for p in module.parameters()]
         return [x for x in found if x.dim() and len(x) == self.args.num_seeds]
 
     def examine(self, losses):
@@ -468,9 +486,14 @@ class Run:
         seeds = np.reshape([draw_seed(args.seed, update, *i) for i in np.ndindex(shape)], shape)
         job = (evaluate, pickle.dumps(policy), pickle.dumps(task.spec), task.obs_space,
                update, seeds, alive, args.gamma, task.reference)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a worker that starts here inherits it: Ctrl-C is for the parent
-        self.jobs[update] = self.pool.submit(*job) if self.pool else functools.partial(*job)
-        signal.signal(signal.SIGINT, self.interrupt)
+        handlers = {n: signal.signal(n, signal.SIG_IGN) for n in self.handlers}  # a worker inherits it
+        try:
+            self.jobs[update] = self.pool.submit(*job) if self.pool else functools.partial(*job)
+        except BrokenExecutor as error:
+            self.jobs[update] = Future()
+            self.jobs[update].set_exception(error)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def collect(self):
         """Takes in the evaluations that are done."""
@@ -479,6 +502,7 @@ class Run:
             try:
                 self.evals[update] = job.result() if self.pool else job()
             except Exception as error:
+                self.save()
                 self.close(f"the evaluation of update {update} failed ({error!r}); go on with --resume {self.dir}", 1)
             del self.pending[update]
             self.bar.set_postfix_str(self.summary())
@@ -547,6 +571,8 @@ class Run:
             for kind, parts in ("modules", self.agent.modules), ("optimizers", self.agent.optimizers):
                 for name, part in parts.items():
                     part.load_state_dict(state[kind][name])
+            for opt in self.agent.optimizers.values():
+                opt.param_groups[0]["capturable"] = self.args.device != "cpu"
             torch.set_rng_state(state["rng"][0].cpu())
             if self.args.device != "cpu" and state["rng"][1] is not None:
                 torch.cuda.set_rng_state(state["rng"][1].cpu())
@@ -568,8 +594,8 @@ class Run:
     def close(self, message, status=0):
         """Ends the workers and says what there is to say; a status other than 0 ends the process."""
         self.bar.close()
-        for worker in multiprocessing.active_children() if status else []:
-            worker.terminate()
+        for worker in set(multiprocessing.active_children()) - self.others if status else []:
+            worker.kill()
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
         for number, handler in self.handlers.items():
@@ -636,6 +662,10 @@ class Recorder:
             fail("--record judges policies: it needs --eval-episodes, and --medium-return where D4RL has no reference")
         if not args.resume and list(self.root.glob("*-v0")):
             fail(f"--record {args.record}: {self.root} holds datasets already")
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--record {args.record} cannot be written: {error}")
 
     def look(self, run):
         """Writes the sets whose time has come; those of a run before its resume stay."""
@@ -645,8 +675,10 @@ class Recorder:
         elif any(row[1] == 0 and row[3] >= self.threshold for row in rows):
             self.write("medium-replay", 0, None)
             self.write("medium", 2, self.actor())
-        if run.update >= run.total:
+        if run.update >= run.total and run.alive[0]:
             self.write("expert", 3, self.actor())
+            if not (self.root / "medium-v0").exists():
+                tqdm.write(f"no evaluation reached {self.threshold:.0f}: no medium set is recorded", sys.stderr)
 
     def actor(self):
         """Agent 0's actor alone, on the CPU."""
@@ -674,7 +706,7 @@ class Recorder:
         args, task, episodes, steps = self.args, self.task, [], 0
         env, shift, scale = gym.make(task.spec, disable_env_checker=True), task.shift.cpu(), task.scale.cpu()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(draw_seed(args.seed, number))
+            torch.default_generator.manual_seed(draw_seed(args.seed, number))
             while steps < args.record_steps:
                 seed, rows, ended = draw_seed(args.seed, 0, 0, len(episodes), number), [], False
                 obs = [flat(env.reset(seed=seed)[0], task.obs_space)]
@@ -719,7 +751,6 @@ class Recorder:
                 packed.create_dataset(path, data=item[()], compression="gzip", compression_opts=9, shuffle=True)
                 if isinstance(item, h5py.Dataset) else packed.require_group(path)).attrs.update(item.attrs))
         old.with_name("packed").replace(old)
-        self.root.mkdir(parents=True, exist_ok=True)
         if actor:
             (self.root / f"{kind}.pt2").write_bytes(export(RawPolicy(actor, 1, task)))
         (part / name).replace(self.root / f"{kind}-v0")

@@ -2,7 +2,9 @@
 import json
 import resource
 import shutil
+import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 import bc
 import gymnasium as gym
@@ -138,6 +140,31 @@ def test_other_observations_than_the_environment(capsys, tmp_path, hopper):
     refused(capsys, tmp_path, "--env-id", dataset=path)
 
 
+def test_rewards_that_are_no_numbers(capsys, tmp_path):
+    path = write_d4rl(tmp_path / "x.hdf5", [40], ["timeout"], rewards=np.zeros((40, 1), np.float32))
+    refused(capsys, tmp_path, "rewards", dataset=path)
+
+
+def test_iql_cannot_scale_equal_returns_nor_take_an_impossible_expectile(capsys, tmp_path):
+    path = write_d4rl(tmp_path / "x.hdf5", [40], ["timeout"])
+    refused(capsys, tmp_path, "--return-range 0", method="iql", dataset=path)
+    refused(capsys, tmp_path, "--expectile", method="iql", dataset=path, expectile=1.5)
+    refused(capsys, tmp_path, "--dropout", method="iql", dataset=path, dropout=2.0)
+
+
+def test_sac_needs_an_environment_with_vectors(capsys, tmp_path):
+    refused(capsys, tmp_path, "--env-id", method="sac", env_id="")
+    refused(capsys, tmp_path, "(96, 96, 3)", method="sac", env_id="CarRacing-v3")
+
+
+def test_track_without_wandb(capsys, tmp_path, hopper, monkeypatch):
+    def init(**_):
+        raise RuntimeError("no API key")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    refused(capsys, tmp_path, "--track", "no API key", dataset=hopper, track=True)
+
+
 def test_missing_environment(capsys, tmp_path, hopper, monkeypatch):
     refused(capsys, tmp_path, "NoSuch", "--env-id", dataset=hopper, env_id="NoSuch-v0")
 
@@ -153,7 +180,7 @@ def test_missing_environment(capsys, tmp_path, hopper, monkeypatch):
 @pytest.mark.parametrize("flags", [
     {"num_seeds": 0}, {"num_updates": 0}, {"batch_size": 0}, {"batch_size": -1}, {"hidden_dim": 0}, {"eval_every": 0},
     {"eval_episodes": -1}, {"eval_workers": -1}, {"seed": -1}, {"gamma": 1.5}, {"learning_rate": 0.0},
-    {"learning_rate": float("nan")}, {"batch_size": 10**6}, {"device": "tpu"}], ids=str)
+    {"learning_rate": float("nan")}, {"seed": 2**70}, {"batch_size": 10**6}, {"device": "tpu"}], ids=str)
 def test_impossible_flags(flags, capsys, tmp_path, hopper):
     refused(capsys, tmp_path, f"--{next(iter(flags)).replace('_', '-')}", next(iter(flags.values())), dataset=hopper, **flags)
 
@@ -190,6 +217,12 @@ def test_resume_of_something_else(capsys, tmp_path, finished):
     resume(capsys, tmp_path, folder=tmp_path)
     resume(capsys, "--learning-rate", "0.001", "0.0003", folder=finished, learning_rate=0.001)
     resume(capsys, "--dataset-id", folder=finished, dataset_id="other-v0")
+
+
+def test_a_flag_that_is_typed_counts_even_if_it_is_the_default(capsys, tmp_path, finished, monkeypatch):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["bc.py", "--resume", str(folder), "--batch-size", "256"])
+    resume(capsys, "--batch-size 256", "16", folder=folder, batch_size=256)
 
 
 def test_resume_of_a_broken_checkpoint(capsys, tmp_path, finished):
@@ -237,5 +270,7 @@ def test_a_write_that_fails_half_way_leaves_the_last_good_checkpoint(capsys, tmp
 
 def test_recording_needs_a_threshold_and_an_empty_place(capsys, tmp_path, hopper):
     refused(capsys, tmp_path, "--medium-return", method="sac", env_id="Pendulum-v1", record=str(tmp_path / "sets"))
+    (tmp_path / "file").write_text("")
+    refused(capsys, tmp_path, "--record", method="sac", record=str(tmp_path / "file"))
     (tmp_path / "sets" / "hopper" / "medium-v0").mkdir(parents=True)
     refused(capsys, tmp_path, "holds datasets already", method="sac", record=str(tmp_path / "sets"))

