@@ -29,6 +29,6 @@ for score, label in args.reference:
     axes.axhline(float(score), color="black", linestyle=":", linewidth=1)
     axes.annotate(label, (0, float(score)), (4, 3), textcoords="offset points", fontsize=8)
 axes.set(xlabel="updates", ylabel="normalised score (D4RL)", title=args.folder.name, ylim=(0, None), xlim=(0, None))
-axes.legend(frameon=False, loc="upper left")
+figure.legend(frameon=False, loc="outside lower center", ncols=3, fontsize=8)
 axes.spines[["top", "right"]].set_visible(False)
 figure.savefig(args.folder / "curves.png", dpi=150)
