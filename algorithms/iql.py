@@ -188,13 +188,13 @@ class Agent:
 
 
 # --- shared: imports ---
-import functools, io, json, logging, multiprocessing, os, pickle, platform, re, signal, subprocess, sys, threading, time
+import functools, io, json, multiprocessing, os, pickle, platform, re, signal, subprocess, sys, threading, time
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
-import gymnasium as gym, h5py, minari, numpy as np, tyro
+import gymnasium as gym, h5py, huggingface_hub, minari, numpy as np, tyro
 from tqdm import tqdm
 
 
@@ -288,7 +288,7 @@ def find(name):
         if not found and (Path(name).exists() or not re.search(r"\w-v\d+$", name)):
             raise ValueError("a directory needs a folder data/, an id a version like -v0")
         if not found:
-            logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+            huggingface_hub.logging.set_verbosity_error()  # not a line for each retry
             minari.download_dataset(name)
         return minari.MinariDataset((found or [local / name])[0] / "data")
     except Exception as error:

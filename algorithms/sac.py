@@ -199,13 +199,13 @@ class Agent:
 
 
 # --- shared: imports ---
-import functools, io, json, logging, multiprocessing, os, pickle, platform, re, signal, subprocess, sys, threading, time
+import functools, io, json, multiprocessing, os, pickle, platform, re, signal, subprocess, sys, threading, time
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
-import gymnasium as gym, h5py, minari, numpy as np, tyro
+import gymnasium as gym, h5py, huggingface_hub, minari, numpy as np, tyro
 from tqdm import tqdm
 
 
