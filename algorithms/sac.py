@@ -234,7 +234,7 @@ def cuda_graph(agent):
     """`agent.update`; on CUDA three calls warm up and the fourth becomes the graph that is replayed from then on."""
     if agent.args.device == "cpu":
         return agent.update
-    stream = torch.cuda.Stream()  # the default stream cannot be recorded
+    stream = torch.cuda.Stream()  # warm-up before a capture belongs on a side stream
     torch.cuda.synchronize()
     torch.cuda.set_stream(stream)
 

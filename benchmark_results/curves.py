@@ -1,6 +1,6 @@
 """Learning curves of finished runs, one line per method: mean over seeds, band from the lowest seed to the highest.
 
-    python benchmark_results/curves.py benchmark_results/hopper-medium-replay-v0 --reference 7.6 "behaviour's mean"
+    python benchmark_results/curves.py benchmark_results/hopper-medium-replay-v0 --reference 7.5 "mean of the data"
 """
 import argparse
 import json
