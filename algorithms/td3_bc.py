@@ -204,16 +204,17 @@ def cuda_graph(agent):
 
 # --- shared: data ---
 def load(args):
-    """The Task of --dataset-id with its N transitions: obs, next_obs (N, obs_dim), action (N, act_dim) in [-1, 1],
-    reward, terminated, episode (N,). Truncated steps stay, with their next_obs, and are not terminated."""
-    name, sets, episodes = args.dataset_id, [], []
+    """The Task of --dataset-id with its N transitions: obs, next_obs (N, obs_dim), action (N, act_dim) in [-1, 1] or
+    (N,) in [0, A), reward, terminated, episode (N,). Truncated steps stay, with their next_obs, not terminated."""
+    name, sets, episodes, discrete = args.dataset_id, [], [], hasattr(Agent, "discrete")
     try:
         for part in [name] if Path(name).exists() else name.split("+"):
             sets.append(None if part.endswith(".hdf5") else find(part))
             for i, episode in enumerate(read_d4rl(part) if sets[-1] is None else read_minari(sets[-1])):
                 obs, next_obs, action, reward, terminated = map(np.asarray, episode)
-                if [x.ndim for x in (obs, action, reward, terminated)] != [2, 2, 1, 1] or action.dtype.kind != "f":
-                    fail(f"{part} does not hold vectors of observations and continuous actions, and numbers as rewards")
+                found = [x.ndim for x in (obs, reward, terminated, action)], action.dtype.kind in "iu"
+                if found != ([2, 1, 1, 2 - discrete], discrete):
+                    fail(f"{part} does not hold vectors of observations, {KIND[discrete]} actions, numbers as rewards")
                 if len({len(x) for x in (obs, next_obs, action, reward, terminated)}) > 1:
                     fail(f"{part}: episode {i} needs one observation more than its {len(action)} actions")
                 if not all(np.isfinite(x).all() for x in (obs, next_obs, action, reward)):
@@ -227,11 +228,14 @@ def load(args):
             torch.from_numpy(np.concatenate(x)).to(args.device) for x in zip(*episodes))
     except Exception as error:
         fail(f"{part} cannot be read: {error or type(error).__name__}")
-    data = Task(args, next((x for x in sets if x is not None), None), obs.shape[1], action.shape[1])
-    if None in sets and data.spec is None and action.abs().max() > 1:
-        fail(f"{name} has actions outside [-1, 1]: name its environment with --env-id")
+    act_dim = int(action.max()) + 1 if discrete else action.shape[1]
+    data = Task(args, next((x for x in sets if x is not None), None), obs.shape[1], act_dim)
+    action = (action - data.shift) / data.scale
+    low, high = (0, data.act_dim - 1) if discrete else (-1, 1)
+    if (discrete or None in sets and data.spec is None) and not low <= action.min() <= action.max() <= high:
+        fail(f"{name} has actions outside [{low}, {high}]: name its environment with --env-id")
     data.obs, data.next_obs, data.reward, data.terminated = obs, next_obs, reward, terminated
-    data.action = ((action - data.shift) / data.scale).clamp(-1, 1)
+    data.action = action.clamp(low, high).to(torch.long if discrete else torch.float32)
     data.episode = torch.arange(len(lengths)).repeat_interleave(lengths).to(args.device)
     return data
 
@@ -280,18 +284,19 @@ def sample(data, args):
     return data.obs[i], data.action[i], data.reward[i], data.next_obs[i], data.terminated[i]
 
 
-# --- shared: evaluation ---
+# --- shared: task ---
 REFERENCE = {  # D4RL's returns of a random and an expert policy, d4rl/infos.py
     "HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3), "Walker2d": (1.629008, 4592.3)}
+KIND = "bounded continuous", "discrete"  # actions; the second if Agent has an attribute of that name
 
 
 class Task:
-    """Where a policy acts: environment `spec` or None, `obs_dim`, action bounds `shift` +- `scale` (act_dim,),
-    `reference` returns (random, expert) or NaN, and the `mean`, `std` (obs_dim,) that `prepare` may take from obs."""
+    """Where a policy acts: environment `spec` or None, `obs_dim`, action bounds `shift` +- `scale` (act_dim,), `shift`
+    the first of act_dim discrete ones, `reference` returns (random, expert) or NaN, `mean`, `std` (obs_dim,) of obs."""
 
     def __init__(self, args, dataset=None, obs_dim=None, act_dim=None):
-        self.spec, self.obs_space, reference = None, None, (np.nan, np.nan)
-        space = gym.spaces.Box(-1, 1, (act_dim or 1,))
+        self.spec, self.obs_space, reference, discrete = None, None, (np.nan, np.nan), hasattr(Agent, "discrete")
+        space = gym.spaces.Discrete(act_dim or 1) if discrete else gym.spaces.Box(-1, 1, (act_dim or 1,))
         if dataset is not None:
             self.obs_space, space, known = dataset.observation_space, dataset.action_space, dataset.storage.metadata
             reference = known.get("ref_min_score", np.nan), known.get("ref_max_score", np.nan)
@@ -308,11 +313,15 @@ class Task:
                 raise ValueError("no --env-id")
         except Exception as error:
             fail(f"no environment to act in ({error}): install it, name another with --env-id, or --eval-episodes 0")
-        fits = isinstance(space, gym.spaces.Box) and space.is_bounded() and len(space.shape) == 1
-        if not fits or act_dim not in (None, len(space.low)):
-            fail(f"{METHOD} needs bounded continuous actions that fit the data, not {space}")
-        low, high = (torch.tensor(x, dtype=torch.float32, device=args.device) for x in (space.low, space.high))
-        self.shift, self.scale, self.obs_dim, self.act_dim = (high + low) / 2, (high - low) / 2, obs_dim, len(low)
+        if discrete and isinstance(space, gym.spaces.Discrete):
+            self.act_dim, bounds = int(space.n), (int(space.start), 1)
+        elif (not discrete and isinstance(space, gym.spaces.Box) and space.is_bounded() and len(space.shape) == 1
+                and act_dim in (None, *space.shape)):
+            self.act_dim, bounds = len(space.low), ((space.high + space.low) / 2, (space.high - space.low) / 2)
+        else:
+            fail(f"{METHOD} needs {KIND[discrete]} actions that fit the data, not {space}")
+        dtype, self.obs_dim = torch.long if discrete else torch.float32, obs_dim
+        self.shift, self.scale = (torch.tensor(x, dtype=dtype, device=args.device) for x in bounds)
         self.mean, self.std = torch.zeros(obs_dim, device=args.device), torch.ones(obs_dim, device=args.device)
         self.reference = REFERENCE.get(self.spec and self.spec.name, reference)
 
@@ -324,6 +333,12 @@ def flat(obs, space):
     return np.asarray(obs, np.float32)
 
 
+def draw_seed(*key):
+    """A seed for one stream of random numbers, fixed by the integers of its key."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+# --- shared: evaluation ---
 class RawPolicy(nn.Module):
     """From raw observations, (B, obs_dim) or (S, B, obs_dim), to environment actions (S, B, act_dim), on the CPU."""
 
@@ -344,11 +359,6 @@ def export(policy):
     buffer, example, batch = io.BytesIO(), torch.zeros(2, len(policy.mean)), {0: torch.export.Dim("B")}
     torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=(batch,)), buffer)
     return buffer.getvalue()
-
-
-def draw_seed(*key):
-    """A seed for one stream of random numbers, fixed by the integers of its key."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 @functools.lru_cache(1)
@@ -410,7 +420,7 @@ def check(args):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
     for name, value in vars(args).items():
         least = name not in ("seed", "eval_episodes", "eval_workers")
-        fraction = name in ("gamma", "tau", "expectile", "dropout")
+        fraction = name in ("gamma", "tau", "expectile", "dropout", "threshold", "real_ratio")
         if (type(value) is int and not least <= value < 2**63 or fraction and not 0 <= value <= 1
                 or name.endswith(("_lr", "_rate")) and not value > 0):
             fail(f"--{name.replace('_', '-')} cannot be {value}")

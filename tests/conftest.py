@@ -10,7 +10,7 @@ import torch
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-OFFLINE = ["bc", "td3_bc", "iql"]
+OFFLINE = ["bc", "td3_bc", "iql", "sac_offline", "cql"]
 METHODS = [*OFFLINE, "sac"]
 
 

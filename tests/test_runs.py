@@ -9,6 +9,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -137,6 +138,13 @@ def make_batches(S, B=8, n=12):
              (torch.rand(S, B) < 0.2).float()) for _ in range(n)]
 
 
+def data_for(module, S):
+    """A replay, or a fixed set of five episodes of four steps."""
+    if hasattr(module, "Replay"):
+        return module.Replay(S, 4, 4, 2)
+    return SimpleNamespace(obs=torch.linspace(-1, 1, 80).view(20, 4), episode=torch.arange(5).repeat_interleave(4))
+
+
 def args_for(module, S):
     return module.Args(num_seeds=S, hidden_dim=16, device="cpu")
 
@@ -149,8 +157,7 @@ def test_nan_in_seed_0_leaves_the_others_bit_identical(method, monkeypatch):
         if poison:
             batches[3][2][0] = torch.nan
             batches[3][1][0] = torch.nan
-        data = module.Replay(3, 4, 4, 2) if method == "sac" else None
-        one = agent(method, 3, args_for(module, 3), data)
+        one = agent(method, 3, args_for(module, 3), data_for(module, 3))
         fixed_batches(method, module, monkeypatch, batches)
         torch.manual_seed(1)
         for _ in range(6):
@@ -165,16 +172,18 @@ def test_nan_in_seed_0_leaves_the_others_bit_identical(method, monkeypatch):
 def test_seeds_together_equal_seeds_apart(method, monkeypatch):
     """S agents side by side against S agents of one, from the same weights and fed the same batches and noise."""
     module, S = import_module(method), 3
-    make = lambda n: agent(method, n, args_for(module, n), module.Replay(n, 4, 4, 2) if method == "sac" else None)
+    make = lambda n: agent(method, n, args_for(module, n), data_for(module, n))
     noise = {}
 
-    def randn_like(x):  # noise of agent k by the order of the call, whether it is alone or not
-        key = (len(calls), *x.shape[1:])
-        calls.append(key)
-        torch.manual_seed(len(calls))
-        return torch.randn(S, *x.shape[1:])[who]
+    def like(draw):  # noise of agent k by the order of the call, whether it is alone or not
+        def drawn(x):
+            calls.append((len(calls), *x.shape[1:]))
+            torch.manual_seed(len(calls))
+            return draw(S, *x.shape[1:])[who]
+        return drawn
 
-    monkeypatch.setattr(torch, "randn_like", randn_like)
+    monkeypatch.setattr(torch, "randn_like", like(torch.randn))
+    monkeypatch.setattr(torch, "rand_like", like(torch.rand))
     together = make(S)
     start = {name: x.clone() for name, x in tensors_of(together, S).items()}
     calls, who = [], slice(None)
