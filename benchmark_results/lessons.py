@@ -46,7 +46,7 @@ def evals(run):
 
 
 def losses(run, name):
-    """The rows of losses.csv with this name."""
+    """The rows of losses.csv with this name, `value` a float."""
     return [row for row in rows(run / "losses.csv") if row["name"] == name]
 
 
@@ -123,6 +123,129 @@ def cql_draw(runs):
     figure = q_and_returns(runs, {"sac": "SAC offline", "cql": "CQL, the same data"})
     q, g = last(losses(runs["cql"], "q_start"), "value"), last(evals(runs["cql"]), "discounted_return_mean")
     return figure, f"CQL's critic expects {q:.0f}, {'below' if q < g else 'above'} the {g:.0f} that its policy gets"
+
+
+# --- a batch on a finite MDP ---
+BCQ_SLIPS = {"lattice": ("0", "0.2"), "FrozenLake-v1": ("0", "0.6666667")}  # the last: Gymnasium's slippery lake
+BCQ_EPISODES = 2, 4, 8, 16, 32
+
+
+def bcq_tabular_runs(data):
+    more = {"lattice": "--epsilon 1 --gamma 1", "FrozenLake-v1": "--epsilon 0.5 --gamma 0.99"}
+    return {f"{env} {slip} {n}": f"bcq_tabular.py --env-id {env} --slip {slip} --num-episodes {n} {more[env]} --seed 4 "
+                                 "--num-seeds 50 --num-updates 1000 --eval-every 1000 --device cpu"
+            for env, slips in BCQ_SLIPS.items() for slip in slips for n in BCQ_EPISODES}
+
+
+def bcq_tabular_draw(runs):
+    """Needs table.csv of the four runs with 8 episodes, 2 KB each, beside eval.csv and losses.csv: seed 0's counts and
+    policy."""
+    orange, blue, red, pink, grey = "darkorange", "tab:blue", "tab:red", "#ffd0cc", "0.7"
+    figure, axes = plt.subplots(2, 3, figsize=(13, 8), width_ratios=(1, 1, 0.8), layout="constrained")
+
+    def table(run):  # state, action -> its row
+        rows = [line.split(",") for line in (run / "table.csv").read_text().split()]
+        return {(int(s), int(a)): dict(zip(rows[0][2:], map(float, x))) for s, a, *x in rows[1:]}
+
+    def last(run, name):  # of each seed
+        return np.array([row["value"] for row in losses(run, name) if row["update"] == 1000])
+
+    def look(rows):  # of a state: known, visits, style
+        known, visits = any(row["count"] for row in rows), rows[0]["visits"]
+        kind = ("white", "black", "") if known else (pink, red, "") if visits else ("0.95", grey, "///")
+        return known, visits, dict(zip(("facecolor", "edgecolor", "hatch"), kind))
+
+    def arrow(ax, start, end, **style):
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, **style})
+
+    def count(ax, x, y, row, **style):
+        if row["count"]:
+            ax.text(x, y, f"{row['count']:.0f}", color=orange, fontsize=10, fontweight="bold", ha="center", va="center",
+                    zorder=5, **style)
+
+    def lattice(ax, run, slips):
+        rows, ends = table(run), (8, 0, 4, 2, 6, 10)  # its rewards
+        place = [(t, i - t / 2) for t in range(6) for i in range(t + 1)]
+        for (x, y), reward in zip(place[15:], ends):
+            ax.scatter(x, y, 70, "white", marker="s", edgecolors="black", zorder=3)
+            ax.text(x + 0.14, y, reward, va="center", fontsize=12)
+        for s, (x, y) in enumerate(place[:15]):
+            known, visits, style = look([rows[s, 0], rows[s, 1]])
+            ax.add_patch(plt.matplotlib.patches.Ellipse((x, y), 0.42, 0.56, zorder=3, linewidth=1.3, **style))
+            if visits:
+                ax.text(x, y, f"{100 * visits:.{0 if visits > 0.01 else 1}f}", ha="center", va="center", fontsize=9,
+                        zorder=4, color=style["edgecolor"], fontweight="normal" if known else "bold")
+            for a in 0, 1:
+                end, row = s + int(x) + 1 + a, rows[s, a]
+                dx, dy = place[end][0] - x, place[end][1] - y
+                inside = (x + 0.22 * dx, y + 0.22 * dy), (x + 0.78 * dx, y + 0.78 * dy)
+                if known and row["greedy"]:
+                    arrow(ax, *inside, color=blue, linewidth=3 if visits else 1, mutation_scale=14 if visits else 9)
+                else:
+                    ax.plot((x, x + dx), (y, y + dy), "-" if row["count"] else ":", zorder=1, linewidth=1.5,
+                            color=orange if row["count"] else grey)
+                    if slips and known and visits and end < 15 and not rows[end, 0]["count"] + rows[end, 1]["count"]:
+                        arrow(ax, *inside, color=red, linestyle="--", linewidth=1.5, mutation_scale=12)
+                count(ax, x + 0.5 * dx, y + 0.5 * dy, row, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        ax.set(xlim=(-0.3, 5.5), ylim=(-2.9, 2.9))
+
+    def lake(ax, run, slips):
+        rows, moves = table(run), ((-1, 0), (0, 1), (1, 0), (0, -1))
+        for s, letter in enumerate("SFFFFHFHFFFHHFFG"):
+            x, y = s % 4, s // 4
+            known, visits, style = look([rows[s, a] for a in range(4)])
+            if letter in "HG":
+                style = {"facecolor": "0.35" if letter == "H" else "#d8f0d8", "edgecolor": "black"}
+            ax.add_patch(plt.Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, linewidth=1.3, **style))
+            if letter != "F":
+                ax.text(x - 0.44, y - 0.43, {"S": "start", "H": "hole", "G": "goal, 1"}[letter], fontsize=8, va="top",
+                        color="white" if letter == "H" else "black")
+            if letter not in "HG" and visits:
+                ax.text(x + 0.46, y + 0.45, f"{visits:.2g}", ha="right", fontsize=8, color=style["edgecolor"],
+                        fontweight="normal" if known else "bold")
+            for (dx, dy), row in zip(moves, (rows[s, a] for a in range(4))):
+                count(ax, x + 0.35 * dx, y + 0.35 * dy, row)
+                if known and row["greedy"]:
+                    arrow(ax, (x - 0.2 * dx, y - 0.2 * dy), (x + 0.24 * dx, y + 0.24 * dy), color=blue,
+                          linewidth=3 if visits else 1, mutation_scale=14 if visits else 9)
+        ax.set(xlim=(-0.52, 3.52), ylim=(3.52, -0.52), aspect="equal")
+
+    carried, promise, earned = {}, {}, {}  # means over the 50 batches of 8 episodes
+    for (env, slips), line, draw in zip(BCQ_SLIPS.items(), axes, (lattice, lake)):
+        for slip, ax, colour in zip(slips, line, ("black", red)):
+            name = {"0": "deterministic", "0.2": "slip 0.2"}.get(slip, "slip 2/3")
+            drawn = runs[f"{env} {slip} 8"]
+            draw(ax, drawn, slip != "0")
+            ax.set_title(f"{env}, {name}: {100 * last(drawn, 'carried')[0]:.0f} % of episodes\n"
+                         "reach states without data")
+            ax.set_xticks([]), ax.set_yticks([])
+            ax.spines[:].set_visible(False)
+            found = [100 * last(runs[f"{env} {slip} {n}"], "carried") for n in BCQ_EPISODES]
+            line[2].errorbar(BCQ_EPISODES, [x.mean() for x in found], [x.std() / len(x)**0.5 for x in found],
+                             marker="o", color=colour, capsize=3, label=name)
+            carried[env, slip], promise[env, slip] = found[2].mean(), last(drawn, "q_start").mean()
+            earned[env, slip] = np.mean([row["discounted_return_mean"] for row in evals(drawn)])
+        line[2].set(xscale="log", xticks=BCQ_EPISODES, xticklabels=BCQ_EPISODES, xlabel="episodes in the batch",
+                    ylabel="episodes that reach\nstates without data [%]", title="50 batches, mean ± standard error")
+        line[2].minorticks_off()
+        line[2].legend()
+    Line, Patch = plt.Line2D, plt.matplotlib.patches.Patch
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, handles=[
+        Line([], [], color=orange, label="action in the batch, with its count"),
+        Line([], [], color=grey, linestyle=":", label="action not in the batch: masked"),
+        Line([], [], color=blue, linewidth=3, label="greedy policy (thin: where it never comes)"),
+        Line([], [], color=red, linestyle="--", label="slip out of the data"),
+        Patch(facecolor="white", edgecolor="black", label="state with data"),
+        Patch(facecolor="0.95", edgecolor=grey, hatch="///", label="state without data, never reached"),
+        Patch(facecolor=pink, edgecolor=red, label="state without data, reached"),
+        Line([], [], linestyle="", label="in states: % of episodes (lake: steps)")])
+    (d, c), (e, f) = ([(env, slip) for slip in slips] for env, slips in BCQ_SLIPS.items())
+    said = lambda x: f"{earned[x]:.3g} of {promise[x]:.3g}"
+    return figure, (
+        f"With 8 episodes in the batch the policy is carried into states without data in {carried[d]:.0f} % of its "
+        f"episodes in the deterministic lattice, {carried[c]:.0f} % at slip 0.2, {carried[e]:.0f} % in the "
+        f"deterministic FrozenLake and {carried[f]:.0f} % in the slippery one; of the return that Q promises at the "
+        f"start it earns {said(d)}, {said(c)}, {said(e)} and {said(f)} (means over 50 batches).")
 
 
 # --- the runner ---

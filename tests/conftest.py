@@ -12,6 +12,7 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 OFFLINE = ["bc", "td3_bc", "iql", "sac_offline", "cql"]
 METHODS = [*OFFLINE, "sac"]
+ALL = [*METHODS, "bcq_tabular"]  # whose data is a table: tests of its own
 
 
 def pytest_collection_modifyitems(items):
