@@ -248,6 +248,40 @@ def bcq_tabular_draw(runs):
         f"start it earns {said(d)}, {said(c)}, {said(e)} and {said(f)} (means over 50 batches).")
 
 
+# --- what is asked for and what is achieved ---
+def dt_runs(data):
+    return {"both": "dt.py --dataset-id hopper/medium-replay-v0+hopper/medium-v0 --num-seeds 2 --num-updates 5000 "
+                    "--warmup 500 --eval-every 5000 --sweep"}
+
+
+def dt_draw(runs):
+    (run,) = runs.values()
+    sets = json.loads((run / "args.json").read_text())["dataset_id"].split("+")
+    data = np.concatenate([returns(name) for name in sets])
+    rows = np.genfromtxt(run / "targets.csv", delimiter=",", names=True)
+    asked = np.unique(rows["target"])
+    achieved, spread = (np.stack([rows[name][rows["target"] == x] for x in asked])  # (targets, seeds)
+                        for name in ("return_mean", "return_std"))
+    figure, (top, axes) = plt.subplots(2, 1, figsize=(7, 5.5), sharex=True, height_ratios=(1, 4), layout="constrained")
+    top.hist(data, bins=np.linspace(data.min(), asked[-1], 60), color="grey")
+    top.set(yscale="log", ylabel="episodes")
+    top.set_title("Data: " + " and ".join(sets), fontsize=10)
+    axes.plot(asked[[0, -1]], asked[[0, -1]], color="black", linestyle="--", linewidth=1, label="as asked for")
+    axes.axhline(data.max(), color="tab:green", linestyle=":", label=f"best episode of the data, {data.max():.0f}")
+    axes.axhline(data.mean(), color="tab:red", linestyle=":", label=f"mean of the data, {data.mean():.0f}")
+    for k, (mean, std) in enumerate(zip(achieved.T, spread.T)):
+        axes.errorbar(asked, mean, std, marker="o", capsize=3, label=f"Decision Transformer, seed {k}")
+    axes.axvspan(data.max(), 1.02 * asked[-1], color="grey", alpha=0.15, linewidth=0)
+    axes.annotate("no episode of the data\nreturned so much", (data.max(), 0), (4, 4), textcoords="offset points",
+                  fontsize=8)
+    axes.set(xlabel="return asked for at the first step", ylabel="return achieved (mean ± deviation over episodes)")
+    axes.set(ylim=(0, 1.1 * max(data.max(), (achieved + spread).max())), xlim=(-50, 1.02 * asked[-1]))
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    brought = "; ".join(f"{x:.0f} brings {y:.0f}" for x, y in zip(asked, achieved.mean(1)))
+    return figure, (f"Asked for {brought}; the data's episodes return {data.mean():.0f} on average and "
+                    f"{data.max():.0f} at best.")
+
+
 # --- the runner ---
 NAMES = sorted(name[:-5] for name in globals() if name.endswith("_draw"))
 

@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 OFFLINE = ["bc", "td3_bc", "iql", "sac_offline", "cql"]
 METHODS = [*OFFLINE, "sac"]
-ALL = [*METHODS, "bcq_tabular"]  # whose data is a table: tests of its own
+ALL = [*METHODS, "bcq_tabular", "dt"]  # the last two feed on a table and on windows: much is in tests of their own
 
 
 def pytest_collection_modifyitems(items):
