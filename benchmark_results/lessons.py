@@ -22,6 +22,7 @@ import h5py
 import matplotlib
 import minari
 import numpy as np
+import torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -86,8 +87,8 @@ def first_steps(dataset_id, n, path):
 # --- Q against the return that it should predict ---
 def sac_offline_runs(data):
     small = first_steps("hopper/medium-v0", 10_000, data / "hopper-medium-10000.hdf5")
-    return {"100000": "sac_offline.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000",
-            "10000": f"sac_offline.py --dataset-id {small} --env-id Hopper-v5 --num-seeds 3 --num-updates 50000"}
+    return {"100000": "sac_offline.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 30000",
+            "10000": f"sac_offline.py --dataset-id {small} --env-id Hopper-v5 --num-seeds 3 --num-updates 30000"}
 
 
 def q_and_returns(runs, titles):
@@ -115,8 +116,8 @@ def sac_offline_draw(runs):
 
 
 def cql_runs(data):
-    return {"sac": "sac_offline.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000",
-            "cql": "cql.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 8000 --eval-every 1000"}
+    return {"sac": "sac_offline.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 30000",
+            "cql": "cql.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 5000 --eval-every 1000"}
 
 
 def cql_draw(runs):
@@ -282,13 +283,200 @@ def dt_draw(runs):
                     f"{data.max():.0f} at best.")
 
 
+# --- a threshold between Q-learning and cloning ---
+BCQ_THRESHOLDS = "0", "0.1", "0.3", "0.5", "1"
+LANDER = "--dataset-id lunarlander/mixed-v0 --num-seeds 3 --num-updates 20000"
+
+
+def lander_returns():
+    """Returns of the random and of the half-trained episodes of the shipped set, each half of its steps."""
+    data = minari.MinariDataset(ROOT / "datasets" / "lunarlander" / "mixed-v0" / "data")
+    episodes = [(len(episode.rewards), episode.rewards.sum()) for episode in data.iterate_episodes()]
+    lengths, found = np.array(episodes).T
+    later = lengths.cumsum() > data.total_steps / 2
+    return found[~later], found[later]
+
+
+def lander_lines(axis):
+    random, half = lander_returns()
+    for value, label, style in (
+            (random.mean(), "the data's random episodes, mean", ":"), (half.mean(), "its half-trained episodes, mean", "--"),
+            (max(random.max(), half.max()), "its best episode", "-.")):
+        axis.axhline(value, color="0.4", ls=style, lw=1, label=label)
+
+
+def lately(table, key, n=5):
+    """Of each seed, the mean of the last n rows."""
+    return [np.mean([row[key] for row in table if row["seed"] == k][-n:]) for k in sorted({row["seed"] for row in table})]
+
+
+def bcq_discrete_runs(data):
+    return {t: f"bcq_discrete.py --threshold {t} {LANDER}" for t in BCQ_THRESHOLDS}
+
+
+def bcq_discrete_draw(runs):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    x, found = range(len(runs)), {label: lately(evals(run), "return_mean") for label, run in runs.items()}
+    lander_lines(axes[0])
+    axes[0].plot(x, [np.mean(v) for v in found.values()], color="C0", label="BCQ, mean of 3 seeds")
+    for i, v in zip(x, found.values()):
+        axes[0].plot([i] * len(v), v, ".", color="C0")
+    axes[0].set(ylabel="return of an episode, mean of the last 5 evaluations")
+    axes[0].legend(loc="lower center", fontsize=8)
+    for name, source, key, color in (
+            ("$Q(s_0, \\pi(s_0))$: what the critic expects", lambda run: losses(run, "q_start"), "value", "C3"),
+            ("discounted return of the same policy", evals, "discounted_return_mean", "C0")):
+        y = [lately(source(run), key) for run in runs.values()]
+        axes[1].plot(x, [np.mean(v) for v in y], color=color, label=name)
+        for i, v in zip(x, y):
+            axes[1].plot([i] * len(v), v, ".", color=color)
+    axes[1].set(ylabel="discounted value")
+    axes[1].legend()
+    for axis in axes:
+        axis.set(xlabel="threshold: 0 is Q-learning, 1 is cloning", xticks=x, xticklabels=runs)
+    return figure, "the policy returns " + ", ".join(f"{np.mean(v):.0f} with threshold {t}" for t, v in found.items())
+
+
+# --- discrete methods on the same data ---
+def cql_discrete_runs(data):
+    return {"dqn": f"dqn_offline.py {LANDER}", "bcq": f"bcq_discrete.py {LANDER}", "cql": f"cql_discrete.py {LANDER}",
+            "cloning": f"bcq_discrete.py --threshold 1 {LANDER}"}
+
+
+def cql_discrete_draw(runs):
+    titles = {"dqn": "DQN offline", "bcq": "BCQ, threshold 0.3", "cql": "CQL", "cloning": "cloning (BCQ, threshold 1)"}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    lander_lines(axes[0])
+    for i, (label, run) in enumerate(runs.items()):
+        curve(axes[0], evals(run), "return_mean", color=f"C{i}", label=titles[label])
+        if label != "cloning":  # which ignores its critic
+            curve(axes[1], losses(run, "q_start"), "value", color=f"C{i}", label=f"{titles[label]}: $Q(s_0, \\pi(s_0))$")
+            curve(axes[1], evals(run), "discounted_return_mean", color=f"C{i}", ls="--", label="its discounted return")
+    axes[0].set(xlabel="updates", ylabel="return of an episode")
+    axes[1].set(xlabel="updates", ylabel="discounted value")
+    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7)
+    return figure, "; ".join(f"{titles[label]} returns {np.mean(v):.0f} ({min(v):.0f} to {max(v):.0f} by seed), mean of the "
+                             "last 5 evaluations" for label, v in ((l, lately(evals(r), "return_mean")) for l, r in runs.items()))
+
+
+# --- two modes ---
+FORK_RADIUS = 1.1  # of the obstacle around (0, 0); one step of the car is x' = x + a
+
+
+def fork_demonstrations(episodes=500):
+    """Drives along x that pass the obstacle on the left or on the right with equal probability: lists of (x, a)."""
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(episodes):
+        x, side, episode = np.array([rng.uniform(-4.4, -3.6), rng.normal(0, 0.1)]), rng.choice([-1, 1]), []
+        while x[0] < 4:
+            lane = 1.6 * side * (-2.6 < x[0] < 1.2)
+            a = np.array([0.8, np.clip(0.9 * (lane - x[1]), -0.95, 0.95)]) + rng.normal(0, 0.04, 2)
+            episode.append((x, a.clip(-1, 1)))
+            x = x + episode[-1][1]
+        rows.append(episode)
+    return rows
+
+
+def bc_diffusion_runs(data):
+    episodes = fork_demonstrations()
+    obs, actions = (np.array(x, np.float32) for x in zip(*(step for episode in episodes for step in episode)))
+    timeouts = np.zeros(len(obs), bool)
+    timeouts[np.cumsum([len(episode) for episode in episodes]) - 1] = True
+    data.mkdir(parents=True, exist_ok=True)
+    with h5py.File(data / "fork.hdf5", "w") as file:
+        file["observations"], file["actions"], file["rewards"] = obs, actions, np.zeros(len(obs), np.float32)
+        file["terminals"], file["timeouts"] = np.zeros(len(obs), bool), timeouts
+        file["next_observations"] = obs + actions
+    shape = (f"--dataset-id {data / 'fork.hdf5'} --eval-episodes 0 --num-seeds 3 --num-updates 5000 --hidden-dim 64 "
+             "--learning-rate 1e-3")
+    hopper = "--dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 20000"
+    return {"fork: bc": f"bc.py {shape}", "fork: T = 5": f"bc_diffusion.py {shape}",
+            "fork: T = 20": f"bc_diffusion.py {shape} --diffusion-steps 20",
+            "hopper: bc": f"bc.py {hopper}", "hopper: diffusion": f"bc_diffusion.py {hopper}"}
+
+
+def fork_trajectories(run, drives=20):
+    """Rows (seed, drive, step, x, y) of the run's policy, `drives` for each seed; kept in trajectories.csv."""
+    path = run / "trajectories.csv"
+    if not path.exists():
+        policy, rows = torch.export.load(run / "policy.pt2").module(), []
+        torch.manual_seed(0)
+        S = len(policy(torch.zeros(1, 2)))
+        start = torch.stack([-4.4 + 0.8 * torch.rand(drives), 0.1 * torch.randn(drives)], -1)
+        x = start.expand(S, drives, 2)  # every seed begins at the same places
+        for t in range(12):
+            rows += [(k, i, t, *x[k, i].tolist()) for k, i in np.ndindex(S, drives)]
+            a = torch.stack([policy(x[k])[k] for k in range(S)])
+            x = x + a.clamp(-1, 1)
+        lines = ["%d,%d,%d,%.3f,%.3f" % row for row in rows if row[3] < 4.5]
+        path.write_text("\n".join(["seed,drive,step,x,y", *lines, ""]))
+    return np.genfromtxt(path, delimiter=",", names=True)
+
+
+def fork_actions(run, n=300):
+    """Velocities along y, (S, n), that the run's policy picks at the fork, (-2.2, 0); kept in actions.csv."""
+    path = run / "actions.csv"
+    if not path.exists():
+        policy = torch.export.load(run / "policy.pt2").module()
+        torch.manual_seed(1)
+        np.savetxt(path, policy(torch.tensor([[-2.2, 0.0]] * n))[..., 1].numpy(), "%.3f", ",")
+    return np.loadtxt(path, delimiter=",")
+
+
+def bc_diffusion_draw(runs):
+    figure, axes = plt.subplots(2, 3, figsize=(10.5, 5), layout="constrained")
+    demonstrations, crashed = fork_demonstrations(), {}
+    for episode in demonstrations[:60]:
+        x = np.array([x for x, _ in episode])
+        axes[0, 0].plot(*x.T, ".-", color="C2" if x[5, 1] > 0 else "C4", linewidth=0.6, markersize=2, alpha=0.6)
+    axes[0, 0].set_title("demonstrations: left or right", fontsize=10)
+    names = {"fork: bc": "bc.py", "fork: T = 5": "bc_diffusion.py, T = 5", "fork: T = 20": "bc_diffusion.py, T = 20"}
+    for axis, (label, title) in zip((axes[0, 1], axes[1, 0], axes[1, 1]), names.items()):
+        rows, crashes = fork_trajectories(runs[label]), []
+        for k, i in sorted(set(zip(rows["seed"], rows["drive"]))):
+            x, y = (rows[name][(rows["seed"] == k) & (rows["drive"] == i)] for name in "xy")
+            along = np.linspace(0, len(x) - 1, 50 * len(x))  # between the steps as well
+            hit = np.hypot(*(np.interp(along, range(len(x)), z) for z in (x, y))) < FORK_RADIUS
+            end = int(along[hit.argmax()]) + 2 if hit.any() else len(x)
+            axis.plot(x[:end], y[:end], ".-", color="C3" if hit.any() else "C0", linewidth=0.6, markersize=2, alpha=0.6)
+            crashes.append(hit.any())
+        crashed[label] = f"{sum(crashes)} of {len(crashes)}"
+        axis.set_title(f"{title}: {crashed[label]} crash", fontsize=10)
+    for axis in axes[:, :2].flat:
+        axis.add_patch(plt.Circle((0, 0), FORK_RADIUS, color="0.8"))
+        axis.set(xlim=(-4.6, 4.3), ylim=(-2.4, 2.4), xlabel="x", ylabel="y", aspect="equal")
+    near = [a[1] for episode in demonstrations for x, a in episode if abs(x[0] + 2.2) < 0.2]
+    bins, axis = np.linspace(-1, 1, 41), axes[0, 2]
+    axis.hist(near, bins, density=True, color="0.8", label="demonstrations")
+    for label, color in ("fork: T = 5", "C1"), ("fork: T = 20", "C0"):
+        axis.hist(fork_actions(runs[label]).ravel(), bins, density=True, histtype="step", color=color, label=label[6:])
+    axis.axvline(fork_actions(runs["fork: bc"]).mean(), color="C3", label="bc.py")
+    axis.set(xlabel="sideways velocity chosen at the fork", yticks=[], title=" ")
+    axis.legend(fontsize=8, loc="upper center", framealpha=1)
+    final, axis = {}, axes[1, 2]
+    for label, color, name in ("hopper: bc", "C3", "bc.py"), ("hopper: diffusion", "C1", "bc_diffusion.py, T = 5"):
+        updates, score = zip(*((row["update"], row["score"]) for row in evals(runs[label])))
+        score = np.reshape(score, (len(set(updates)), -1))  # (evaluations, seeds)
+        axis.plot(sorted(set(updates)), score.mean(1), ".-", color=color, label=name)
+        axis.fill_between(sorted(set(updates)), score.min(1), score.max(1), color=color, alpha=0.2, linewidth=0)
+        final[label] = f"{score[-1].mean():.1f} ± {score[-1].std():.1f}"
+    axis.set(xlabel="updates", ylabel="normalised score", ylim=(0, None))
+    axis.set_title("hopper/medium-v0", fontsize=10)
+    axis.legend(fontsize=8, loc="lower right")
+    return figure, (f"On the road {crashed['fork: bc']} drives of bc.py hit the obstacle, {crashed['fork: T = 5']} of "
+                    f"bc_diffusion.py with T = 5 and {crashed['fork: T = 20']} with T = 20; on hopper/medium-v0 bc.py ends "
+                    f"at a score of {final['hopper: bc']} and bc_diffusion.py at {final['hopper: diffusion']}.")
+
+
 # --- the runner ---
 NAMES = sorted(name[:-5] for name in globals() if name.endswith("_draw"))
 
 
 def run(name, label, command, fresh):
     """Runs one command, or takes it up where it stopped; keeps its small files; returns their directory."""
-    kept, work = LESSONS / name / label, WORK / name / label
+    folder = re.sub(r"[^\w.-]+", "-", label)
+    kept, work = LESSONS / name / folder, WORK / name / folder
     if fresh:
         shutil.rmtree(kept, ignore_errors=True)
         shutil.rmtree(work, ignore_errors=True)

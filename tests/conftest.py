@@ -1,6 +1,7 @@
 import os
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import gymnasium as gym
 import h5py
@@ -10,9 +11,11 @@ import torch
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-OFFLINE = ["bc", "td3_bc", "iql", "sac_offline", "cql"]
-METHODS = [*OFFLINE, "sac"]
-ALL = [*METHODS, "bcq_tabular", "dt"]  # the last two feed on a table and on windows: much is in tests of their own
+OFFLINE = ["bc", "td3_bc", "iql", "sac_offline", "cql", "bc_diffusion"]  # on transitions with continuous actions
+DISCRETE = ["dqn_offline", "bcq_discrete", "cql_discrete"]
+ONLINE = ["sac", "dqn"]
+METHODS = [*OFFLINE, *DISCRETE, *ONLINE]
+ALL = [*METHODS, "bcq_tabular", "dagger", "dt", "mopo"]  # the last four are so different that they have tests of their own
 
 
 def pytest_collection_modifyitems(items):
@@ -29,8 +32,10 @@ def own_minari_root(monkeypatch, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def hopper(tmp_path_factory):
-    """A directory with about 600 steps of a random policy in Hopper: short, terminated episodes and one cut off."""
+    """A directory with about 600 steps of a random policy in Hopper: short, terminated episodes and one cut off. Beside
+    it stands one of CartPole, which `small` gives to discrete methods."""
     root = tmp_path_factory.mktemp("sets") / "hopper"
+    record(root.parent / "cartpole", "CartPole-v1", 600)
     return record(root, "Hopper-v5", 600)
 
 
@@ -89,8 +94,12 @@ def write_d4rl(path, lengths, ends, obs_dim=3, act_dim=2, next_observations=True
 
 def small(method, dataset, out, **flags):
     """Args of a run that takes a second or two."""
-    data = {} if method == "sac" else {"dataset_id": str(dataset)}
-    steps = {"sac": dict(env_id="Hopper-v5", num_steps=40, learning_starts=8)}.get(method, dict(num_updates=40))
+    if method in DISCRETE and Path(dataset).parent.name == "hopper":
+        dataset = Path(dataset).parents[1] / "cartpole" / "tiny-v0"
+    data = {} if method in ONLINE else {"dataset_id": str(dataset)}
+    steps = {"sac": dict(env_id="Hopper-v5", num_steps=40, learning_starts=8),
+             "dqn": dict(env_id="CartPole-v1", num_steps=40, learning_starts=8, epsilon_steps=16, train_freq=2)}
+    steps = steps.get(method, dict(num_updates=40))
     shape = dict(batch_size=16, hidden_dim=16, eval_every=20, eval_episodes=2, eval_workers=0, device="cpu", out_dir=str(out))
     return import_module(method).Args(**{**data, **steps, **shape, **flags})
 

@@ -3,12 +3,12 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import METHODS, OFFLINE, checkpoint, flat, small
+from conftest import DISCRETE, METHODS, OFFLINE, checkpoint, flat, small
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "dt"])
 def test_a_run_on_cuda(method, hopper, tmp_path):
     module = import_module(method)
     folder = module.main(small(method, hopper, tmp_path, device="cuda", num_seeds=3))
@@ -16,7 +16,7 @@ def test_a_run_on_cuda(method, hopper, tmp_path):
     module.main(module.Args(resume=str(folder)))
 
 
-@pytest.mark.parametrize("method", OFFLINE)
+@pytest.mark.parametrize("method", [*OFFLINE, *DISCRETE])
 def test_graph_and_eager_updates_agree(method, hopper, tmp_path, capsys):
     module, ends = import_module(method), []
     args = module.check(small(method, hopper, tmp_path, device="cuda", num_seeds=3))
