@@ -469,6 +469,27 @@ def bc_diffusion_draw(runs):
                     f"at a score of {final['hopper: bc']} and bc_diffusion.py at {final['hopper: diffusion']}.")
 
 
+# --- a policy that pleases its model ---
+def mopo_runs(data):
+    return {str(value): "mopo.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 10000 --eval-every 1000 "
+                        f"--model-epochs 30 --penalty {value}" for value in (0, 5)}
+
+
+def mopo_draw(runs):
+    figure, axes = plt.subplots(1, len(runs), figsize=(4.5 * len(runs), 3.5), sharex=True, sharey=True)
+    for (label, run), axis in zip(runs.items(), axes):
+        curve(axis, losses(run, "model_return"), "value", label="in the learned model", color="C3", ls="--")
+        curve(axis, evals(run), "return_mean", label="in the environment", color="C0")
+        axis.axhline(returns("hopper/medium-v0").mean(), color="0.4", ls=":", label="mean of the data")
+        axis.set(title=f"penalty $\\lambda$ = {label}" + " (the model is trusted)" * (label == "0"), xlabel="updates")
+    axes[0].set(ylabel="return of the same policy")
+    axes[0].legend()
+    figure.tight_layout()
+    return figure, "; ".join(
+        f"with penalty {label} the policy earns {last(losses(run, 'model_return'), 'value'):.0f} in the model and "
+        f"{last(evals(run), 'return_mean'):.0f} in the environment" for label, run in runs.items())
+
+
 # --- the runner ---
 NAMES = sorted(name[:-5] for name in globals() if name.endswith("_draw"))
 
