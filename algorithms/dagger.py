@@ -1,0 +1,617 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy>=2.0", "gymnasium[mujoco,box2d]>=1.2.3", "minari[hdf5,hf]>=0.5.4",
+#   "tyro>=0.9.20", "tqdm>=4.66", "wandb>=0.19", "matplotlib>=3.9", "pytest>=8.3"]
+# ///
+"""DAgger: A Reduction of Imitation Learning and Structured Prediction to No-Regret Online Learning.
+Ross, Gordon & Bagnell, AISTATS 2011. https://arxiv.org/abs/1011.0686  (Algorithm 3.1)
+
+    for i = 1 .. rounds, from D = {}:
+        pi_i = beta_i pi* + (1 - beta_i) pi acts: at every step a draw says which of the two
+        D    <- D + {(s, pi*(s))},   every state s that pi_i came to, labelled by the expert pi*
+        L_pi = E_D[ (pi(s) - pi*(s))^2 ]
+    beta_i = p^(i-1),   with p = 0 the indicator of i = 1
+
+    python algorithms/dagger.py --num-seeds 3
+
+Departs from the paper: each round goes on from the weights of the last one, with a fixed number of Adam steps on all of
+D; the last policy is kept, not the best on validation data; a round is a fixed number of steps and begins with a reset.
+With --rounds 1 it is behaviour cloning of as many labels: then all of them are of states that the expert came to.
+Shapes: S seeds, B batch, N labels. Each seed has environments and data of its own and they never interact.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+
+@dataclass
+class Args:
+    # --- run ---
+    env_id: str = "Hopper-v5"  # Gymnasium environment with continuous actions
+    seed: int = 0  # seeds every random stream; agent k of a run is not the agent of --seed k
+    num_seeds: int = 1  # independent agents trained side by side
+    num_updates: int = 100_000  # gradient steps of each agent, over all rounds
+    eval_every: int = 5_000  # updates between two evaluations
+    eval_episodes: int = 10  # episodes per agent and evaluation; 0: no evaluation
+    eval_workers: int = 4  # at most so many processes evaluate while training goes on; 0: in line
+    device: str = "auto"  # cuda, cpu, or auto: cuda where there is one
+    out_dir: str = "runs"  # the run's directory is made in here
+    resume: str = ""  # directory of an interrupted run to go on with
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "offline-rl"  # its project
+    # --- optimisation ---
+    batch_size: int = 256  # labels per agent and update
+    learning_rate: float = 3e-4  # of Adam
+    gamma: float = 0.99  # of the discounted return in eval.csv
+    hidden_dim: int = 256  # units in each of two hidden layers
+    # --- DAgger ---
+    expert: str = "datasets/hopper/expert.pt2"  # pi*: policy.pt2 of a run, of which agent 0 is taken
+    rounds: int = 20  # times that the agent acts, is labelled and learns
+    steps_per_round: int = 1_000  # labels of each agent and round
+    beta_decay: float = 0.0  # p: the expert acts with probability beta_i = p^(i-1) in round i; the first is all its own
+    horizon: int | None = None  # steps of an episode, in training and evaluation; default: the environment's
+
+
+# --- networks ---
+class Linear(nn.Module):
+    """`nn.Linear` for many independent networks at once: weight (*lead, d_in, d_out)."""
+
+    def __init__(self, lead, d_in, d_out):
+        super().__init__()
+        bound = d_in**-0.5  # the bound nn.Linear draws from
+        self.weight = nn.Parameter(torch.empty(*lead, d_in, d_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(*lead, 1, d_out).uniform_(-bound, bound))
+
+    def forward(self, x):  # (*lead, B, d_in) -> (*lead, B, d_out)
+        return x @ self.weight + self.bias
+
+
+def mlp(lead, *sizes):
+    layers = [m for d_in, d_out in zip(sizes, sizes[1:]) for m in (Linear(lead, d_in, d_out), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class Actor(nn.Module):
+    def __init__(self, S, obs_dim, act_dim, d_hidden):
+        super().__init__()
+        self.net = mlp((S,), obs_dim, d_hidden, d_hidden, act_dim)
+        self.register_buffer("mean", torch.zeros(S, 1, obs_dim))
+        self.register_buffer("std", torch.ones(S, 1, obs_dim))
+
+    def forward(self, s):  # (S, B, obs_dim) -> (S, B, act_dim)
+        return torch.tanh(self.net((s - self.mean) / self.std))
+
+
+# --- losses: each returns one value per seed, (S,) ---
+def actor_loss(actor, batch):
+    """L_pi = E[ (pi(s) - a)^2 ]"""
+    s, a, *_ = batch
+    return (actor(s) - a).square().mean((-2, -1))
+
+
+# --- data: aggregation ---
+class Replay(nn.Module):
+    """D of each agent: obs (S, N, obs_dim) of all states that it came to, the expert's action there (S, N, act_dim)."""
+
+    def __init__(self, S, N, obs_dim, act_dim):
+        super().__init__()
+        self.register_buffer("obs", torch.zeros(S, N, obs_dim))
+        self.register_buffer("action", torch.zeros(S, N, act_dim))
+        self.register_buffer("size", torch.tensor(0))
+
+    def state_dict(self, **_):  # the labels made so far
+        return {name: x[:, : self.size].clone() if x.dim() else x.clone() for name, x in self.named_buffers()}
+
+    def load_state_dict(self, state):
+        for name, x in self.named_buffers():
+            (x[:, : state["size"]] if x.dim() else x).copy_(state[name])
+
+    def add(self, obs, action):  # (S, .)
+        self.obs[:, self.size], self.action[:, self.size] = obs, action
+        self.size += 1
+
+    def sample(self, B):  # s, a, each (S, B, .)
+        S, _, _ = self.obs.shape
+        i = (torch.rand(S, B, dtype=torch.float64, device=self.size.device) * self.size).long()
+        k = torch.arange(S, device=i.device).unsqueeze(1)
+        return self.obs[k, i], self.action[k, i]
+
+
+# --- acting ---
+def load_expert(args, task):
+    """pi* of --expert, from raw observations (B, obs_dim) to actions (B, act_dim) in [-1, 1], on the CPU."""
+    shape, shift, scale = (2, task.act_dim), task.shift.cpu(), task.scale.cpu()
+    places = Path(args.expert), Path(__file__).resolve().parents[1] / args.expert
+    path = next((x for x in places if x.is_file()), None)
+    if path is None:
+        fail(f"--expert {args.expert} is no file: name the policy.pt2 of a run, for example of sac.py")
+    try:
+        policy = torch.export.load(path).module()
+        if policy(torch.zeros(2, task.obs_dim))[0].shape != shape:
+            raise ValueError
+    except Exception:
+        fail(f"--expert {path} is no policy for {args.env_id}, from observations (B, {task.obs_dim}) to actions "
+             f"(S, B, {task.act_dim})")
+    return lambda obs: ((policy(obs)[0] - shift) / scale).clamp(-1, 1)
+
+
+@torch.no_grad()
+def collect(args, task, expert, actor, replay, i):
+    """Round i: each agent acts by pi_i in an environment of its own and has every state that it comes to labelled."""
+    S, beta, shift, scale = args.num_seeds, args.beta_decay ** (i - 1), task.shift.cpu(), task.scale.cpu()
+    envs = [gym.make(task.spec, disable_env_checker=True) for _ in range(S)]
+    obs, over, episode = np.zeros((S, task.obs_dim), np.float32), np.ones(S, bool), np.zeros(S, int)
+    for _ in range(args.steps_per_round):
+        for k in np.flatnonzero(over):
+            seed = draw_seed(args.seed, 0, k, episode[k], i)
+            obs[k], episode[k] = flat(envs[k].reset(seed=seed)[0], task.obs_space), episode[k] + 1
+        s = torch.from_numpy(obs)  # (S, obs_dim)
+        label = expert(s)  # (S, act_dim), whoever acts
+        pi = actor(s.to(args.device).unsqueeze(1)).squeeze(1).cpu()
+        action = torch.where(torch.rand(S, 1) < beta, label, pi)
+        replay.add(s, label)
+        for k, raw in enumerate((shift + scale * action).nan_to_num().numpy()):
+            next_obs, _, terminated, truncated, _ = envs[k].step(raw)
+            obs[k], over[k] = flat(next_obs, task.obs_space), terminated or truncated
+
+
+# --- agent ---
+def prepare(actor, replay):
+    """After each round: each agent's observations to mean 0 and deviation 1 over its D."""
+    obs = replay.obs[:, : replay.size]
+    actor.mean.copy_(obs.mean(1, keepdim=True))
+    actor.std.copy_(obs.std(1, correction=0, keepdim=True) + 1e-3)
+
+
+class Agent:
+    schedule = True  # of the rounds, over num_updates
+
+    def __init__(self, args, obs_dim, act_dim, data):
+        self.args, self.data = args, data
+        self.actor = Actor(args.num_seeds, obs_dim, act_dim, args.hidden_dim).to(args.device)
+        self.actor_opt = adam(self.actor, args.learning_rate)
+        self.policy, self.updates_per_call = self.actor, 1
+        self.modules, self.optimizers = {"actor": self.actor, "replay": data}, {"actor": self.actor_opt}
+
+    def update(self):
+        l_pi = actor_loss(self.actor, self.data.sample(self.args.batch_size))
+        step(self.actor_opt, l_pi)
+        return {"actor_loss": l_pi, "labels": self.data.size.expand(len(l_pi))}  # each (S,)
+
+
+# --- shared: imports ---
+import functools, io, json, multiprocessing, os, pickle, platform, re, signal, subprocess, sys, threading, time
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym, h5py, huggingface_hub, minari, numpy as np, tyro
+from tqdm import tqdm
+
+
+# --- shared: optimisation ---
+def adam(module, lr):
+    """Fused Adam; on CUDA its rate and step count live on the device, where a CUDA graph can change them."""
+    lr = torch.tensor(lr, device=next(module.parameters()).device)
+    return torch.optim.Adam(module.parameters(), lr=lr, fused=True, capturable=lr.is_cuda)
+
+
+def step(opt, loss):
+    """One step down the loss (S,). The gradient of its sum keeps seeds apart: each weight belongs to one seed."""
+    params = opt.param_groups[0]["params"]
+    for p, grad in zip(params, torch.autograd.grad(loss.sum(), params)):
+        p.grad = grad
+    opt.step()
+
+
+@torch.no_grad()
+def polyak(target, online, tau):
+    """target <- (1 - tau) target + tau online"""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+def cuda_graph(agent):
+    """`agent.update`; on CUDA three calls warm up and the fourth becomes the graph that is replayed from then on."""
+    if agent.args.device == "cpu":
+        return agent.update
+    stream = torch.cuda.Stream()  # warm-up before a capture belongs on a side stream
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(stream)
+
+    def calls():
+        for _ in range(3):
+            yield agent.update()
+        update, graph, rng = agent.update, torch.cuda.CUDAGraph(), torch.cuda.get_rng_state()
+        try:
+            with torch.cuda.graph(graph):  # records and does not run: the agent stays as it is
+                losses = agent.update()
+            update = lambda: graph.replay() or losses
+        except Exception as error:
+            tqdm.write(f"no CUDA graph, going on without: {error}", sys.stderr)
+            torch.cuda.set_stream(stream)
+            torch.cuda.set_rng_state(rng)
+        while True:
+            yield update()
+
+    return calls().__next__
+
+
+# --- shared: task ---
+REFERENCE = {  # D4RL's returns of a random and an expert policy, d4rl/infos.py
+    "HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3), "Walker2d": (1.629008, 4592.3)}
+KIND = "bounded continuous", "discrete"  # actions; the second if Agent has an attribute of that name
+
+
+class Task:
+    """Where a policy acts: environment `spec` or None, `obs_dim`, action bounds `shift` +- `scale` (act_dim,), `shift`
+    the first of act_dim discrete ones, `reference` returns (random, expert) or NaN, `mean`, `std` (obs_dim,) of obs."""
+
+    def __init__(self, args, dataset=None, obs_dim=None, act_dim=None):
+        self.spec, self.obs_space, reference, discrete = None, None, (np.nan, np.nan), hasattr(Agent, "discrete")
+        space = gym.spaces.Discrete(act_dim or 1) if discrete else gym.spaces.Box(-1, 1, (act_dim or 1,))
+        if dataset is not None:
+            self.obs_space, space, known = dataset.observation_space, dataset.action_space, dataset.storage.metadata
+            reference = known.get("ref_min_score", np.nan), known.get("ref_max_score", np.nan)
+        try:
+            if args.env_id or args.eval_episodes and dataset is not None and dataset.env_spec:
+                env = gym.make(args.env_id) if args.env_id else dataset.recover_environment(eval_env=True)
+                self.spec, self.obs_space, space = env.spec, self.obs_space or env.observation_space, env.action_space
+                self.spec.max_episode_steps = env.spec.max_episode_steps or 1000  # an episode has to end
+                shape = flat(env.reset(seed=0)[0], self.obs_space).shape
+                if len(shape) != 1 or obs_dim not in (None, *shape):
+                    raise ValueError(f"its observations have shape {shape}, the data's ({obs_dim or 'any'},)")
+                (obs_dim,) = shape
+            if obs_dim is None:
+                raise ValueError("no --env-id")
+        except Exception as error:
+            fail(f"no environment to act in ({error}): install it, name another with --env-id, or --eval-episodes 0")
+        if discrete and isinstance(space, gym.spaces.Discrete):
+            self.act_dim, bounds = int(space.n), (int(space.start), 1)
+        elif (not discrete and isinstance(space, gym.spaces.Box) and space.is_bounded() and len(space.shape) == 1
+                and act_dim in (None, *space.shape)):
+            self.act_dim, bounds = len(space.low), ((space.high + space.low) / 2, (space.high - space.low) / 2)
+        else:
+            fail(f"{METHOD} needs {KIND[discrete]} actions that fit the data, not {space}")
+        dtype, self.obs_dim = torch.long if discrete else torch.float32, obs_dim
+        self.shift, self.scale = (torch.tensor(x, dtype=dtype, device=args.device) for x in bounds)
+        self.mean, self.std = torch.zeros(obs_dim, device=args.device), torch.ones(obs_dim, device=args.device)
+        self.reference = REFERENCE.get(self.spec and self.spec.name, reference)
+
+
+def flat(obs, space):
+    """Observations as vectors (..., obs_dim): of a Dict the entries that the data has, in the order of their keys."""
+    if isinstance(space, gym.spaces.Dict):
+        return np.concatenate([flat(obs[key], space[key]) for key in sorted(space)], -1)
+    return np.asarray(obs, np.float32)
+
+
+def draw_seed(*key):
+    """A seed for one stream of random numbers, fixed by the integers of its key."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+# --- shared: evaluation ---
+class RawPolicy(nn.Module):
+    """From raw observations, (B, obs_dim) or (S, B, obs_dim), to environment actions (S, B, act_dim), on the CPU."""
+
+    def __init__(self, policy, S, task):
+        super().__init__()
+        self.policy, self.S = deepcopy(policy).cpu(), S
+        for name in ("mean", "std", "shift", "scale"):
+            self.register_buffer(name, getattr(task, name).cpu())
+        self.eval().requires_grad_(False)
+
+    def forward(self, obs):
+        s = (obs - self.mean) / self.std
+        return self.shift + self.scale * self.policy(s.expand(self.S, *s.shape[-2:]))
+
+
+def export(policy):
+    """RawPolicy as a .pt2 file: `torch.export.load(path).module()` maps obs (B, obs_dim) to actions (S, B, act_dim)."""
+    buffer, example, batch = io.BytesIO(), torch.zeros(2, len(policy.mean)), {0: torch.export.Dim("B")}
+    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=(batch,)), buffer)
+    return buffer.getvalue()
+
+
+@functools.lru_cache(1)
+def environments(spec, n):
+    return [gym.make(pickle.loads(spec), disable_env_checker=True) for _ in range(n)]
+
+
+@torch.no_grad()
+def evaluate(policy, spec, obs_space, update, seeds, alive, gamma, reference):
+    """Rows of eval.csv for the agents `alive`: each acts in the n episodes that begin with its seeds (S, n)."""
+    policy, (S, n), (low, high) = pickle.loads(policy), seeds.shape, reference
+    envs, running, sums = environments(spec, S * n), np.repeat(alive, n), np.zeros((3, S * n))
+    obs = np.stack([flat(env.reset(seed=int(seed))[0], obs_space) for env, seed in zip(envs, seeds.flat)])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(seeds[0, 0]))
+        while running.any():
+            action = policy(torch.from_numpy(obs).view(S, n, -1)).flatten(0, 1).numpy()
+            for i in np.flatnonzero(running):
+                next_obs, reward, terminated, truncated, _ = envs[i].step(action[i])
+                obs[i], running[i] = flat(next_obs, obs_space), not (terminated or truncated)
+                sums[:, i] += reward, gamma ** sums[2, i] * reward, 1
+    total, discounted, length = sums.reshape(3, S, n)
+    mean, std = total.mean(1), total.std(1)
+    rows = np.stack([mean, std, discounted.mean(1), length.mean(1), 100 * (mean - low) / (high - low)], 1).tolist()
+    return [[update, k, n, *row] for k, row in enumerate(rows) if alive[k]]
+
+
+def start_worker():
+    """A worker keeps to one core and ends with its parent, however that ends."""
+    torch.set_num_threads(1)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+# --- shared: run ---
+METHOD = Path(__file__).stem
+
+
+def fail(message, status=2):
+    """One sentence on standard error, then the end."""
+    sys.stderr.write(f"{METHOD}: {' '.join(message.split())}\n")
+    raise SystemExit(status)
+
+
+def check(args):
+    """Args with what --resume and --device stand for filled in; impossible ones end the run."""
+    args, saved = replace(args), {}
+    try:
+        saved = json.loads(Path(args.resume, "args.json").read_text()) if args.resume else {}
+    except (OSError, ValueError) as error:
+        fail(f"--resume {args.resume} is no directory of a run: {error}")
+    if saved and saved.keys() != vars(args).keys():
+        fail(f"--resume {args.resume} holds a run of another method than {METHOD}")
+    typed = {word.split("=")[0].lstrip("-").replace("-", "_") for word in sys.argv[1:]}
+    for name, was in saved.items():
+        if getattr(args, name) == getattr(Args, name) and name not in typed:
+            setattr(args, name, was)
+        free = ["resume", "device", "eval_workers", "track"] + ["num_updates"] * (not hasattr(Agent, "schedule"))
+        if getattr(args, name) != was and name not in free:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
+    for name, value in vars(args).items():
+        least = name not in ("seed", "eval_episodes", "eval_workers")
+        fraction = name in ("gamma", "tau", "expectile", "dropout", "threshold", "real_ratio")
+        if (type(value) is int and not least <= value < 2**63 or fraction and not 0 <= value <= 1
+                or name.endswith(("_lr", "_rate")) and not value > 0):
+            fail(f"--{name.replace('_', '-')} cannot be {value}")
+    cuda = torch.cuda.is_available()
+    args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
+    if args.device not in ["cpu"] + ["cuda"] * cuda + [f"cuda:{i}" for i in range(torch.cuda.device_count())]:
+        fail(f"--device {args.device} is not here: it can be {'cuda, ' * cuda}cpu or auto")
+    if args.device != "cpu":
+        torch.cuda.set_device(torch.device(args.device).index or 0)
+        torch.set_float32_matmul_precision("high")  # TF32
+    torch.manual_seed(args.seed)
+    return args
+
+
+class Run:
+    """The directory of a run: `log` follows each call of update, `finish` the last."""
+
+    KEPT = "update", "logged", "seconds", "alive", "evals", "losses", "pending"  # in the checkpoint
+
+    def __init__(self, args, agent, task, total):
+        self.args, self.agent, self.task, per_call = args, agent, task, agent.updates_per_call
+        self.total, self.every, self.log_every = (-(-n // per_call) * per_call for n in (total, args.eval_every, 1000))
+        self.update = self.logged = self.signal = self.seconds = 0
+        self.alive, self.evals, self.losses, self.pending, self.jobs = [True] * args.num_seeds, {}, [], {}, {}
+        name = re.sub("[/+]+", "-", getattr(args, "dataset_id", args.env_id))[-80:].strip("-.")
+        self.dir = Path(args.resume or Path(args.out_dir) / f"{name}__{METHOD}__{args.seed}__{time.time_ns() // 10**6}")
+        if (self.dir / "checkpoint.pt").exists():
+            self.restore()
+        self.good, self.saved = [(x, x.clone()) for x in self.tensors()], self.update
+        self.began = time.time() - self.seconds
+        if args.track:
+            import wandb
+            try:
+                name = self.dir.resolve().name
+                wandb.init(project=args.wandb_project_name, id=name, config=vars(args), resume="allow")
+                wandb.define_metric("*", step_metric="update")
+            except Exception as error:
+                fail(f"--track: {error}")
+        self.write("args.json", json.dumps({**vars(args), "resume": ""}, indent=1))
+        self.track = wandb.log if args.track else lambda row: None
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(args.eval_workers, spawn, start_worker) if args.eval_workers else None
+        self.others = set(multiprocessing.active_children())
+        self.handlers = {n: signal.signal(n, self.interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(total=self.total, initial=self.update, desc=METHOD, unit=" updates",
+                        mininterval=0.2 if sys.stderr.isatty() else 20)
+        if args.eval_episodes and not task.spec:
+            tqdm.write(f"{METHOD}: the data names no environment, so nothing is evaluated without --env-id", sys.stderr)
+        for update in self.pending:
+            self.submit(update)
+
+    def interrupt(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    def log(self, losses):
+        """Counts a call of update; now and then looks at its losses {name: (S,)}, evaluates and saves."""
+        self.update += self.agent.updates_per_call
+        self.bar.update(self.agent.updates_per_call)
+        point = self.update % self.every == 0 or self.update >= self.total
+        if point or self.signal or self.update % self.log_every == 0:
+            self.seconds = time.time() - self.began
+            self.examine({name: loss.tolist() for name, loss in losses.items()})
+            if point and self.args.eval_episodes and self.task.spec and any(self.alive):
+                policy = RawPolicy(self.agent.policy, self.args.num_seeds, self.task)
+                self.pending[self.update] = list(self.alive), policy.state_dict()
+                self.submit(self.update)
+            self.collect()
+        if point or self.signal or not any(self.alive):
+            self.save()
+
+    def tensors(self):
+        """The agent's weights and moments, which have a seed dimension."""
+        found = [v for opt in self.agent.optimizers.values() for state in opt.state.values() for v in state.values()]
+        found += [p.data for module in self.agent.modules.values() for p in module.parameters()]
+        return [x for x in found if x.dim() and len(x) == self.args.num_seeds]
+
+    def examine(self, losses):
+        """Notes the losses; a seed that is not finite is named and left out, and its last saved state is kept."""
+        finite = torch.stack([x.reshape(len(x), -1).isfinite().all(1) for x in self.tensors()]).all(0).tolist()
+        for k in np.flatnonzero(self.alive):
+            bad = [f"{name} is {x[k]}" for name, x in losses.items() if not np.isfinite(x[k])]
+            if bad or not finite[k]:
+                self.alive[k] = False
+                tqdm.write(f"seed {k}: {(bad or ['a weight is not finite'])[0]} between updates {self.logged} and "
+                           f"{self.update}; it is left out, its state of update {self.saved} is kept", sys.stderr)
+            else:
+                self.losses += [f"{self.update},{k},{name},{x[k]:.6g}" for name, x in losses.items()]
+        self.track({"update": self.update, **{f"losses/{name}": np.mean(x) for name, x in losses.items()}})
+        self.logged = self.update
+
+    def submit(self, update):
+        """Hands an evaluation to a worker, or does it here."""
+        args, task, (alive, weights) = self.args, self.task, self.pending[update]
+        policy, shape = RawPolicy(self.agent.policy, args.num_seeds, task), (args.num_seeds, args.eval_episodes)
+        policy.load_state_dict(weights)
+        seeds = np.reshape([draw_seed(args.seed, update, *i) for i in np.ndindex(shape)], shape)
+        job = (evaluate, pickle.dumps(policy), pickle.dumps(task.spec), task.obs_space,
+               update, seeds, alive, args.gamma, task.reference)
+        handlers = {n: signal.signal(n, signal.SIG_IGN) for n in self.handlers}  # a worker inherits it
+        try:
+            self.jobs[update] = self.pool.submit(*job) if self.pool else functools.partial(*job)
+        except BrokenExecutor as error:
+            self.jobs[update] = Future()
+            self.jobs[update].set_exception(error)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def collect(self):
+        """Takes in the evaluations that are done."""
+        for update in [update for update, job in self.jobs.items() if not self.pool or job.done()]:
+            job = self.jobs.pop(update)
+            try:
+                self.evals[update] = job.result() if self.pool else job()
+            except Exception as error:
+                self.save()
+                self.close(f"the evaluation of update {update} failed ({error!r}); go on with --resume {self.dir}", 1)
+            del self.pending[update]
+            self.bar.set_postfix_str(self.summary())
+            mean = np.mean(self.evals[update], 0)
+            self.track({"update": update, "eval/return": mean[3], "eval/score": mean[7]})
+
+    def summary(self):
+        """The last evaluation: mean and deviation over seeds, of a single seed over its episodes."""
+        rows, (low, high) = np.array(self.evals[max(self.evals)]), self.task.reference
+        spread = rows[:, 3].std() if len(rows) > 1 else rows[0, 4]
+        score = f", normalised score {rows[:, 7].mean():.1f} ± {100 * spread / (high - low):.1f}" if high > low else ""
+        return f"return {rows[:, 3].mean():.1f} ± {spread:.1f}{score}"
+
+    def write(self, name, content):
+        """A file of the directory is there whole or, after a failure, as it was before."""
+        part = self.dir / (name + ".part")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content if isinstance(content, bytes) else content.encode())
+            part.replace(self.dir / name)
+        except OSError as error:
+            if os.path.exists(part):
+                part.unlink()
+            end = self.close if hasattr(self, "bar") else fail
+            end(f"{self.dir / name} cannot be written ({error}); what was there before is kept", 2)
+
+    def save(self):
+        """Brings all files up to date, seeds that are left out as they were last saved; ends the run if it has to."""
+        for x, good in self.good:
+            for k in np.flatnonzero(np.invert(self.alive)):
+                x[k] = good[k]
+        self.good, self.saved = [(x, x.clone()) for x in self.tensors()], self.update
+        rows = ["%d,%d,%d,%.4f,%.4f,%.4f,%.4f,%.4f" % tuple(row) for u in sorted(self.evals) for row in self.evals[u]]
+        head = "update,seed,episodes,return_mean,return_std,discounted_return_mean,length_mean,score"
+        self.write("eval.csv", "\n".join([head, *rows, ""]).replace("nan", ""))
+        self.write("losses.csv", "\n".join(["update,seed,name,value", *self.losses, ""]))
+        git = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+        cpu = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
+        used = {x: sys.modules[x] for x in ("torch", "numpy", "gymnasium", "minari", "mujoco") if x in sys.modules}
+        self.write("run.json", json.dumps({
+            "method": METHOD, "commit": None if git[0] else git[1], "python": platform.python_version(),
+            **{name: module.__version__ for name, module in used.items()},
+            "gpu": torch.cuda.get_device_name() if self.args.device != "cpu" else None,
+            "cpu": f"{os.cpu_count()} x {(cpu or [platform.machine()])[0]}", "threads": torch.get_num_threads(),
+            "update": self.update, "wall_seconds": round(self.seconds, 2),
+            "updates_per_second": round(self.update / self.seconds, 2)}, indent=1))
+        buffer = io.BytesIO()
+        torch.save({
+            "method": METHOD, "args": vars(self.args), **{name: getattr(self, name) for name in self.KEPT},
+            "modules": {name: module.state_dict() for name, module in self.agent.modules.items()},
+            "optimizers": {name: opt.state_dict() for name, opt in self.agent.optimizers.items()},
+            "rng": [torch.get_rng_state(), torch.cuda.get_rng_state() if self.args.device != "cpu" else None],
+            "stats": {name: getattr(self.task, name) for name in ("mean", "std", "shift", "scale")}}, buffer)
+        self.write("checkpoint.pt", buffer.getvalue())
+        if self.signal:
+            self.close(f"stopped at update {self.update}; go on with --resume {self.dir}", 128 + self.signal)
+        if not any(self.alive):
+            self.close(f"no seed is finite any more; the last good state is in {self.dir}", 1)
+
+    def restore(self):
+        """Takes up checkpoint.pt, in which evaluations that were in flight are `pending` and run again."""
+        try:
+            state = torch.load(self.dir / "checkpoint.pt", map_location=self.args.device, weights_only=True)
+            if state["method"] != METHOD:
+                raise ValueError(f"it is of {state['method']}")
+            for kind, parts in ("modules", self.agent.modules), ("optimizers", self.agent.optimizers):
+                for name, part in parts.items():
+                    part.load_state_dict(state[kind][name])
+            for opt in self.agent.optimizers.values():
+                opt.param_groups[0]["capturable"] = self.args.device != "cpu"
+            torch.set_rng_state(state["rng"][0].cpu())
+            if self.args.device != "cpu" and state["rng"][1] is not None:
+                torch.cuda.set_rng_state(state["rng"][1].cpu())
+            for name in self.KEPT:
+                setattr(self, name, state[name])
+        except Exception as error:
+            fail(f"--resume: {self.dir / 'checkpoint.pt'} cannot be used: {str(error).split('. ')[0]}")
+
+    def finish(self):
+        """Waits for the last evaluations, saves, exports policy.pt2."""
+        while self.jobs and not self.signal:
+            self.collect()
+            time.sleep(0.02)
+        self.save()
+        self.write("policy.pt2", export(RawPolicy(self.agent.policy, self.args.num_seeds, self.task)))
+        self.close(f"{self.summary() if self.evals else 'done'} after {self.update} updates; files in {self.dir}")
+        return self.dir
+
+    def close(self, message, status=0):
+        """Ends the workers and says what there is to say; a status other than 0 ends the process."""
+        self.bar.close()
+        for worker in set(multiprocessing.active_children()) - self.others if status else []:
+            worker.kill()
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        print(f"{METHOD}: {message}", file=sys.stderr if status else sys.stdout, flush=True)
+        if status:
+            raise SystemExit(status)
+
+
+# --- main: interactive ---
+def main(args):
+    """Acts, is labelled and clones, round by round, evaluates, saves; returns the run's directory."""
+    args = check(args)
+    task = Task(args)
+    task.spec.max_episode_steps = args.horizon or task.spec.max_episode_steps
+    expert = load_expert(args, task)
+    replay = Replay(args.num_seeds, args.rounds * args.steps_per_round, task.obs_dim, task.act_dim).to(args.device)
+    agent = Agent(args, task.obs_dim, task.act_dim, replay)
+    per_round = -(-args.num_updates // args.rounds)
+    run, update = Run(args, agent, task, per_round * args.rounds), cuda_graph(agent)
+    while run.update < run.total:
+        if run.update % per_round == 0:
+            collect(args, task, expert, agent.actor, replay, run.update // per_round + 1)
+            prepare(agent.actor, replay)
+        run.log(update())
+    return run.finish()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
+    main(tyro.cli(Args))

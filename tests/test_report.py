@@ -1,0 +1,364 @@
+"""The report: statistics against values worked by hand, nothing across budgets, texts in step with the raw files."""
+import csv
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("report", ROOT / "benchmark_results" / "report.py")
+report = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(report)
+HEAD = "update,seed,episodes,return_mean,return_std,discounted_return_mean,length_mean,score"
+DRAW = {name: getattr(report, name) for name in ("draw_curves", "draw_aggregates")}
+ABOUT = {"commit": "0123456789abcdef", "python": "3.11.7", "torch": "2.13.0", "numpy": "2.4.6", "gymnasium": "1.4.0",
+         "mujoco": "4.0.0", "gpu": None, "cpu": "2 x EPYC", "threads": 1, "updates_per_second": 12.5}
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A repository without results, whose plots are empty files."""
+    for name in DRAW:
+        monkeypatch.setattr(report, name, lambda *_: SimpleNamespace(savefig=Path.touch))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESAMPLES", 500)
+    (tmp_path / "benchmark_results").mkdir()
+    (tmp_path / "README.md").write_text(f"# A\n\n{report.BEGIN}\nold\n{report.END}\n\nb\n")
+    return tmp_path
+
+
+def put(root, dataset, label, *evaluations, budget=1000, scored=True, args={}, about={}, folder=None):
+    """A cell whose evaluations, up to `budget`, hold these values of the seeds; None is a seed that is lost."""
+    place = root / "benchmark_results" / (folder or dataset.replace("/", "-")) / label
+    place.mkdir(parents=True)
+    rows = [HEAD]
+    for i, values in enumerate(evaluations, 1):
+        rows += [f"{budget * i // len(evaluations)},{k},10,{10 * x if scored else x},1,2,3,{x if scored else ''}"
+                 for k, x in enumerate(values) if x is not None]
+    (place / "eval.csv").write_text("\n".join(rows) + "\n")
+    (place / "args.json").write_text(json.dumps(
+        {"dataset_id": dataset, "seed": 0, "num_seeds": len(evaluations[0]), "num_updates": budget, **args}))
+    (place / "run.json").write_text(json.dumps({"method": label, "wall_seconds": 3723.4, **ABOUT, **about}))
+    return place
+
+
+def put_data(root, dataset, returns, **references):
+    folder = root / "datasets" / dataset / "data"
+    folder.mkdir(parents=True)
+    (folder / "metadata.json").write_text(json.dumps(references))
+    with h5py.File(folder / "main_data.hdf5", "w") as file:
+        for i, x in enumerate(returns):
+            file[f"episode_{i}/rewards"] = [x - 1, 1]
+
+
+def rows(root, name="README.md"):
+    """{first cell: the others} of all lines of tables."""
+    lines = [line.strip("|").split("|") for line in (root / name).read_text().splitlines() if line.startswith("| ")]
+    return {first.strip(): [x.strip() for x in others] for first, *others in lines}
+
+
+def refused(capsys, status, *argv):
+    """The sentence with which the report ends."""
+    with pytest.raises(SystemExit) as stop:
+        report.main(list(argv))
+    said = capsys.readouterr()
+    assert stop.value.code == status and said.err.count("\n") == 1 and said.out == ""
+    return said.err
+
+
+# --- statistics ---
+@pytest.mark.parametrize("df, t", [
+    (1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (29, 2.04523), (99, 1.98422)])
+def test_t_quantile(df, t):
+    assert report.t_quantile(df) == pytest.approx(t, rel=2e-5)
+
+
+def test_t_quantile_of_another_level():
+    assert report.t_quantile(2, 0.9) == pytest.approx(2.91999, rel=2e-5)
+
+
+def test_half_width():
+    assert report.half_width(np.array([1.0, 2.0, 3.0])) == pytest.approx(4.30265 / np.sqrt(3), rel=1e-4)
+    assert report.half_width(np.array([5.0])) is None
+
+
+def test_iqm():
+    assert report.iqm(np.array([[8.0, 1, 7, 2], [6, 3, 5, 4]])) == 4.5  # of 3, 4, 5, 6
+    assert report.iqm(np.array([[100.0, 3, 1], [-50, 2, 4]])) == 2.5  # floor(6 / 4) = 1 off each end
+    assert report.iqm(np.array([[1.0, 2, 9]])) == 4  # nothing to cut of three
+    assert report.iqm(np.array([[[0.0, 0, 4, 0]], [[1, 1, 1, 9]]])).tolist() == [0, 1]  # draws first
+
+
+def test_probability_of_improvement_with_ties():
+    x, y = np.array([[1.0, 2, 3]]), np.array([[2.0, 2, 0]])
+    assert report.beats(x, y) == pytest.approx((1 + 2 + 3) / 9)  # of 1: over 0; of 2: two ties, over 0; of 3: all
+    assert report.beats(y, x) == pytest.approx(1 - 6 / 9)
+    x, y = np.array([[1.0, 2, 3], [0, 0, 0]]), np.array([[2.0, 0], [1, 1]])  # 3 and 2 seeds
+    assert report.beats(x, y) == pytest.approx(((1 + 1.5 + 2) / 6 + 0) / 2)
+
+
+def test_above():
+    assert report.above(np.array([[0.0, 1], [2, 2]]), [-1, 0, 1, 2]).tolist() == [1, 0.75, 0.5, 0]
+
+
+def test_bootstrap_against_all_resamples():
+    runs = np.array([[1.0, 4, 9], [20, 26, 50]])
+    means = [report.iqm(np.array([a, b])) for a in itertools.product(runs[0], repeat=3)
+             for b in itertools.product(runs[1], repeat=3)]
+    value, low, high = report.bootstrap(report.iqm, runs)
+    assert value == (4 + 9 + 20 + 26) / 4
+    assert (low, high) == pytest.approx(np.percentile(means, [2.5, 97.5]), rel=0.02)
+    other = np.array([[2.0, 4], [24, 26]])
+    all_x = [[a, b] for a in itertools.product(runs[0], repeat=3) for b in itertools.product(runs[1], repeat=3)]
+    all_y = [[a, b] for a in itertools.product(other[0], repeat=2) for b in itertools.product(other[1], repeat=2)]
+    exact = report.beats(np.array(all_x)[:, None], np.array(all_y)[None])
+    value, low, high = report.bootstrap(report.beats, runs, other)
+    assert value == ((0 + 1.5 + 2) / 6 + (0 + 1.5 + 2) / 6) / 2
+    assert (low, high) == pytest.approx(np.percentile(exact, [2.5, 97.5]), abs=0.02)
+
+
+def test_bootstrap_draws_within_datasets_and_methods_apart():
+    assert report.bootstrap(report.iqm, np.array([[0.0, 0], [10, 10]])) == (5, 5, 5)
+    assert report.bootstrap(report.iqm, np.array([[1.0, 5, 6]])) == (4, 1, 6)  # 1, 1, 1 is one resample in 27
+    x = np.array([[0.0, 1]])
+    assert report.bootstrap(report.beats, x, x) == (0.5, 0, 1)  # drawn as pairs it would always be 0.5
+
+
+def test_bootstrap_repeats_to_the_digit():
+    runs = np.random.RandomState(1).rand(4, 5)
+    assert report.bootstrap(report.iqm, runs) == report.bootstrap(report.iqm, runs)
+    draws = np.random.RandomState(0).random_sample(3)
+    assert draws.tolist() == pytest.approx([0.5488135, 0.71518937, 0.60276338])  # on every machine
+
+
+# --- the tables ---
+def test_cells_of_scores_returns_and_single_seeds(root):
+    put(root, "a/b-v0", "td3_bc", [9, 9, 9], [1, 2, 3])
+    put(root, "a/b-v0", "one", [7.26])
+    put(root, "Lake-v1", "mine", [0.5, 0.6], scored=False, args={"dataset_id": "", "env_id": "Lake-v1"})
+    put(root, "Big-v1", "mine", [1233.7, 1233.7], scored=False)
+    report.main([])
+    table = rows(root)
+    assert table[""] == ["`Big-v1`", "`Lake-v1`", "`a/b-v0`"]
+    assert table["TD3+BC, 1,000 updates, 3 seeds"] == ["–", "–", "2.0 ± 2.5 <sup>1</sup>"]  # the last, not the best
+    assert table["one, 1,000 updates, 1 seed"] == ["–", "–", "7.3"]
+    assert table["mine, 1,000 updates, 2 seeds"] == ["return 1234 ± 0 <sup>2</sup>", "return 0.550 ± 0.635", "–"]
+    assert table["mean of the data"] == ["–", "–", "–"]
+    text = " ".join((root / "README.md").read_text().split())
+    for part in ("10 episodes per seed", "A single seed has none.", "the cell is a return", "– is absent"):
+        assert part in text
+
+
+def test_rows_have_their_budget_and_stand_by_budget_not_by_score(root):
+    put(root, "a/b-v0", "cql", [90, 91], budget=8000)
+    put(root, "a/b-v0", "iql", [60, 61, 62], budget=20_000)
+    put(root, "a/b-v0", "bc", [1, 2, 3], budget=20_000)
+    put(root, "a/c-v0", "bc", [4, 5, 6], budget=50_000)
+    put(root, "E-v5", "sac", [5, 6], budget=300, args={"dataset_id": "", "env_id": "E-v5", "num_steps": 300})
+    report.main([])
+    assert list(rows(root))[3:] == [
+        "BC, 50,000 updates, 3 seeds", "BC, 20,000 updates, 3 seeds", "IQL, 20,000 updates, 3 seeds",
+        "CQL, 8,000 updates, 2 seeds", "sac, 300 steps, 2 seeds"]
+
+
+def test_the_data_are_the_first_row(root):
+    put_data(root, "a/b-v0", [0, 20, 40], ref_min_score=-10, ref_max_score=90)
+    put_data(root, "c/d-v0", [0, 30])
+    put(root, "a/b-v0", "bc", [31, 32, 33])
+    put(root, "c/d-v0", "bc", [12, 13, 14], scored=False)
+    report.main([])
+    assert list(rows(root))[2] == "mean of the data" and rows(root)["mean of the data"] == ["30.0", "return 15.0"]
+    assert "<sup>1</sup>" in rows(root)["BC, 1,000 updates, 3 seeds"][1]
+    remark = "BC on c/d-v0, 1,000 updates: below the mean of the data (15.0). No explanation yet."
+    assert remark in (root / "README.md").read_text()
+
+
+def test_flags_and_notes(root):
+    put(root, "d-v0", "bc", [50, 52, 54])
+    put(root, "d-v0", "iql", [60.0, 60.1, 60.2])
+    put(root, "d-v0", "cql", [80, 50, 54], [52, 53, 57])
+    put(root, "d-v0", "dt", [40, 41, 45], args={"num_updates": 5000})
+    put(root, "d-v0", "mopo", [70, 80, 75], [71, 85, None])
+    put(root, "d-v0", "td3_bc", [44, 50, 54])
+    put(root, "d-v0", "sac_offline", [3, 5, 7], budget=500)
+    put(root, "d-v0", "bc-copy", [10, 20, 30], budget=500, about={"method": "bc"})
+    (root / "benchmark_results" / "notes.toml").write_text(
+        '"d-v0/td3_bc" = "Too few updates."\n"d-v0/bc" = "As it should be."\n')
+    report.main([])
+    said = [line for line in (root / "README.md").read_text().splitlines() if line[0:1].isdigit()]
+    assert said == [
+        "1. BC on d-v0, 1,000 updates: As it should be.",
+        "2. TD3+BC on d-v0, 1,000 updates: below BC of the same budget (52.0 ± 5.0). Too few updates.",
+        "3. IQL on d-v0, 1,000 updates: the seeds hardly differ (deviation 0.1). No explanation yet.",
+        "4. CQL on d-v0, 1,000 updates: at the end more than a quarter below the best of its training: 1 of 3 seeds "
+        "(seed 0: 52.0 after 80.0). No explanation yet.",
+        "5. DT on d-v0, 1,000 updates: update 1,000 of 5,000, 3 of 3 seeds at the end; "
+        "below BC of the same budget (52.0 ± 5.0). No explanation yet.",
+        "6. MOPO on d-v0, 1,000 updates: update 1,000 of 1,000, 2 of 3 seeds at the end. No explanation yet.",
+        "7. SAC offline on d-v0, 500 updates: below bc-copy of the same budget (20.0 ± 24.8). No explanation yet."]
+    assert rows(root)["MOPO, 1,000 updates, 3 seeds"] == ["78.0 ± 88.9 <sup>6</sup>"]
+    assert "\n".join(said) in (root / "benchmark_results" / "REPORT.md").read_text()
+
+
+def test_best_of_training_and_origin_stand_in_the_report_alone(root):
+    put(root, "d-v0", "bc", [50, 52], [60, 61], [57, 59], about={"gpu": "H100"})
+    report.main([])
+    assert rows(root, "benchmark_results/REPORT.md")["`d-v0`: BC, 1,000 updates, 2 seeds"] == [
+        "58.0", "60.5 at 666", "10", "0123456", "H100, 2 x EPYC, threads: 1",
+        "python 3.11.7, torch 2.13.0, numpy 2.4.6, gymnasium 1.4.0, mujoco 4.0.0", "1:02:03", "12.5"]
+    assert "| best of training |" in (root / "benchmark_results" / "REPORT.md").read_text()
+    assert "60.5" not in (root / "README.md").read_text()
+
+
+# --- what is compared ---
+def test_nothing_is_compared_across_budgets(root):
+    put(root, "a-v0", "bc", [1, 2, 3], budget=20_000)
+    put(root, "a-v0", "iql", [4, 5, 6], budget=50_000)
+    put(root, "b-v0", "bc", [1, 2, 3], budget=20_000)
+    put(root, "b-v0", "dt", [0, 0, 1], budget=8000)
+    assert report.groups(report.read_all()) == {}
+    report.main([])
+    text = (root / "benchmark_results" / "REPORT.md").read_text()
+    assert "nothing to aggregate or to compare" in text and "IQM" not in text and "beats" not in text
+    assert "below BC" not in text and not (root / "benchmark_results" / "plots" / "aggregate.png").exists()
+
+
+def test_groups_have_equal_budgets_on_the_same_datasets(root):
+    for label in ("bc", "iql"):
+        put(root, "a-v0", label, [1, 2, 3], budget=20_000)
+        put(root, "b-v0", label, [4, 5, 6], budget=50_000)
+    put(root, "a-v0", "cql", [7, 8], budget=20_000)
+    put(root, "b-v0", "cql", [7, 8], budget=8000)
+    put(root, "b-v0", "dt", [7, 8], budget=8000)
+    put(root, "a-v0", "half", [7, 8, 9], budget=20_000)
+    put(root, "b-v0", "half", [7, 8], budget=50_000)
+    groups = report.groups(report.read_all())
+    both, short = (("a-v0", "20,000 updates"), ("b-v0", "50,000 updates")), (("b-v0", "8,000 updates"),)
+    assert {key: list(runs) for key, runs in groups.items()} == {
+        both: ["bc", "iql"],  # "half" has not the same number of seeds on both
+        short: ["cql", "dt"]}
+    assert groups[both]["bc"].tolist() == [[1, 2, 3], [4, 5, 6]]
+    report.main([])
+    table = rows(root, "benchmark_results/REPORT.md")
+    assert table["IQL, 3 seeds"][1:] == ["0.50 [0.19, 0.83]", ""] and len(table["DT, 2 seeds"]) == 3
+
+
+@pytest.mark.parametrize("evaluations, change", [
+    ([[5]], {}), ([[5, 6], [5, None]], {}), ([[5, 6]], {"scored": False}),
+    ([[5, 6]], {"args": {"num_updates": 2000}})])
+def test_who_cannot_be_compared(root, evaluations, change):
+    """A single seed, a seed lost, no reference, a run that was stopped."""
+    put(root, "a-v0", "bc", [1, 2])
+    put(root, "a-v0", "iql", [3, 4])
+    put(root, "a-v0", "cql", *evaluations, **change)
+    assert [list(runs) for runs in report.groups(report.read_all()).values()] == [["bc", "iql"]]
+
+
+# --- files ---
+@pytest.mark.parametrize("name, text, said", [
+    ("eval.csv", "", "no evaluation in it"),
+    ("eval.csv", HEAD + "\n", "no evaluation in it"),
+    ("eval.csv", HEAD + "\n1000,0,10,5,1\n", "a line is incomplete or too long"),
+    ("eval.csv", HEAD + "\n1000,0,10,5,1,2,3,4,5\n", "a line is incomplete or too long"),
+    ("eval.csv", HEAD + "\n1000,0,10,5,1,2,3,4", "a line is incomplete or too long"),
+    ("eval.csv", HEAD + "\n1000,0,10,x,1,2,3,4\n", "could not convert string to float: 'x'"),
+    ("eval.csv", HEAD + "\n1000,0,10,,1,2,3,4\n", "a number is missing"),
+    ("eval.csv", HEAD + "\n1000,0,10,5,1,2,3,4\n1000,1,10,5,1,2,3,\n", "a number is missing"),
+    ("eval.csv", HEAD + "\n1000,0,10,5,1,2,3,4\n1000,0,10,5,1,2,3,4\n", "a seed stands twice in an evaluation"),
+    ("eval.csv", HEAD + "\n1000,7,10,5,1,2,3,4\n", "index 7 is out of bounds"),
+    ("eval.csv", "update,seed\n1,0\n", "'episodes'"),
+    ("eval.csv", None, "No such file"),
+    ("run.json", "{", "Expecting property name"),
+    ("run.json", "{}", "no method in it"),
+    ("args.json", None, "No such file"),
+    ("args.json", "[]", "no seed in it")])
+def test_a_broken_file_is_named_in_one_sentence(root, capsys, name, text, said):
+    path = put(root, "a-v0", "bc", [1, 2, 3]) / name
+    path.unlink() if text is None else path.write_text(text)
+    message = refused(capsys, 2)
+    assert str(path) in message and said in message
+    assert "old" in (root / "README.md").read_text() and not (root / "benchmark_results" / "REPORT.md").exists()
+
+
+def test_what_else_is_wrong(root, capsys):
+    assert "holds no results" in refused(capsys, 2)
+    put(root, "a-v0", "bc", [1, 2, 3])
+    notes = root / "benchmark_results" / "notes.toml"
+    notes.write_text('"a-v0/iql" = "x"')
+    assert "explains a-v0/iql, but there is no such cell" in refused(capsys, 2)
+    notes.write_text("a-v0 iql")
+    assert "notes.toml cannot be used" in refused(capsys, 2)
+    notes.unlink()
+    for text in ("", report.END + report.BEGIN, report.BEGIN, report.BEGIN + report.END + report.END):
+        (root / "README.md").write_text(text)
+        assert "needs one line <!-- results: begin -->" in refused(capsys, 2)
+    (root / "README.md").unlink()
+    assert "needs one line <!-- results: begin -->" in refused(capsys, 2)
+    put(root, "a-v0", "bc", [1, 2, 3], folder="again")
+    assert "two directories hold a-v0/bc" in refused(capsys, 2)
+
+
+def test_lessons_and_half_written_results_are_no_cells(root):
+    put(root, "a-v0", "bc", [1, 2, 3])
+    put(root, "a-v0", ".iql.new", [1, 2, 3])
+    put(root, "a-v0", "cql", [1, 2, 3], folder="lessons")
+    (put(root, "a-v0", "dt", [1, 2, 3], folder="lessons/dt") / "eval.csv").unlink()
+    assert [cell.label for cell in report.read_all()] == ["bc"]
+
+
+def test_it_writes_texts_and_plots_and_sees_what_is_out_of_date(root, capsys, monkeypatch):
+    for name, draw in DRAW.items():
+        monkeypatch.setattr(report, name, draw)
+    put_data(root, "a-v0", [3, 5], ref_min_score=0, ref_max_score=10)
+    for label in ("bc", "iql", "own"):
+        put(root, "a-v0", label, [1, None, 2], [3, 4, 5])
+    put(root, "L-v1", "bcq_tabular", *[[0.1, -0.2]] * 40, scored=False)
+    paths = [root / "README.md", root / "benchmark_results" / "REPORT.md"]
+    assert "REPORT.md is not what" in refused(capsys, 1, "--check") and not paths[1].exists()
+    report.main([])
+    capsys.readouterr()
+    assert paths[0].read_text().startswith("# A\n\n<!-- results: begin -->\n\n![Learning curves")
+    assert paths[0].read_text().endswith("<!-- results: end -->\n\nb\n") and "old" not in paths[0].read_text()
+    plots = root / "benchmark_results" / "plots"
+    assert {path.name for path in plots.iterdir()} == {"curves.png", "aggregate.png"}
+    assert all(path.stat().st_size > 10_000 for path in plots.iterdir())
+    for path in paths:
+        for name in ("curves", "aggregate"):
+            assert (f"{name}.png)" in path.read_text()) == (name == "curves" or path.name == "REPORT.md")
+    texts = [path.read_text() for path in paths]
+    report.main(["--check"])
+    for path, text in zip(paths, texts):
+        path.write_text(text.replace("4.0 ± 2.5", "4.0 ± 2.4"))
+        assert path.read_text() != text
+        message = refused(capsys, 1, "--check")
+        assert f"{path} is not what the raw files give: run python benchmark_results/report.py" in message
+        path.write_text(text)
+    paths[0].write_text("c" + texts[0] + "d")  # around the part the README is the writer's
+    report.main(["--check"])
+    paths[0].write_text(texts[0])
+    put(root, "a-v0", "cql", [1, 2, 3])
+    refused(capsys, 1, "--check")
+    assert [path.read_text() for path in paths] == texts
+
+
+# --- the committed results ---
+def test_readme_and_report_are_what_the_committed_files_give():
+    report.main(["--check"])
+
+
+def test_the_data_are_scored_as_the_runs():
+    for cell in report.read_all():
+        known = ROOT / "datasets" / cell.dataset / "data" / "metadata.json"
+        if known.exists() and cell.scored:
+            known = json.loads(known.read_text())
+            low, high = known["ref_min_score"], known["ref_max_score"]
+            place = ROOT / "benchmark_results" / cell.dataset.replace("/", "-") / cell.label / "eval.csv"
+            with open(place) as file:
+                for row in csv.DictReader(file):
+                    score = 100 * (float(row["return_mean"]) - low) / (high - low)
+                    assert float(row["score"]) == pytest.approx(score, abs=2e-3)

@@ -1,0 +1,59 @@
+"""speed.py: its parts run, its floor is the update's own products, its control learns what td3_bc.py learns."""
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("speed", ROOT / "benchmark_results" / "speed.py")
+speed = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(speed)
+
+
+def test_tiny_mode_writes_a_table_of_every_part(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "OUT", tmp_path / "speed")
+    speed.main(["--methods", "td3_bc", "bcq_discrete", "sac", "--seeds", "1", "2", "--rounds", "1", "--seconds", "0.001",
+                "--steps", "20", "--transitions", "5000", "--env-id", "Hopper-v5", "--device", "cpu",
+                "--parts", "updates", "loading", "evaluation"])
+    (path,) = (tmp_path / "speed").glob("*.csv")
+    rows = list(csv.DictReader(path.open()))
+    timed = {(row["method"], row["S"], row["mode"]) for row in rows if row["what"] == "updates"}
+    assert timed == {(m, s, "eager") for m in ("td3_bc", "bcq_discrete", "sac") for s in "12"} | {("td3_bc", "1", "control")}
+    assert {row["what"] for row in rows} == {"updates", "loading", "evaluation", "extrapolated"}
+    assert all(float(row["per_second"] or row["seconds"]) > 0 for row in rows)
+    facts, text = json.loads(path.with_suffix(".json").read_text()), (tmp_path / "SPEED.md").read_text()
+    assert facts["torch"] == torch.__version__ and facts["torch"] in text and "| td3_bc | 1 | control |" in text
+
+
+def test_the_floor_replays_every_product_of_an_update():
+    """One call of TD3+BC makes two critic updates and one actor update, each layer's products forward and backward."""
+    _, agent = speed.make("td3_bc", 1, "cpu")
+    with speed.Record() as record:
+        agent.update()
+    forward = 2 * (3 + 3 + 3) + (3 + 3)  # actor', critic', critic, twice; actor and critic
+    backward = 2 * (3 + 2) + (3 + 3 + 2)  # weights and inputs of the critic; inputs of the critic; the actor's both
+    assert len(record.calls) == forward + backward
+    for product, x, y, out in record.calls:
+        torch.testing.assert_close(product(x, y), product(x, y, out=out))
+
+
+def test_the_control_lowers_the_loss_of_td3_bc():
+    torch.manual_seed(0)
+    module, agent = speed.make("td3_bc", 1, "cpu")
+    control = speed.Control(agent.data, "cpu")
+    losses = []
+    for _ in range(60):
+        control()
+        losses.append(control.logged["critic_loss"])
+    assert sum(losses[-10:]) < sum(losses[:10]) and control.logged["actor_loss"] == pytest.approx(-2.5, abs=3)
+
+
+def test_the_committed_table_is_what_the_csv_gives(tmp_path, monkeypatch):
+    if not list(speed.OUT.glob("*.csv")):
+        pytest.skip("nothing has been measured yet")
+    before = (ROOT / "benchmark_results" / "SPEED.md").read_text()
+    monkeypatch.setattr(speed.Path, "write_text", lambda path, text: pytest.approx(0) if text == before else pytest.fail("stale"))
+    speed.report()
