@@ -8,7 +8,7 @@ Yu, Thomas, Yu, Ermon, Zou, Levine, Finn & Ma, NeurIPS 2020. https://arxiv.org/a
 
 E networks N(mu_i, sigma_i^2) over x = [r, s' - s] are fitted; those with the least hold-out error are the elites:
 
-    L_M     = sum_i E[ (mu_i - x)^2 / sigma_i^2 + log sigma_i^2 ] + c |w|^2 / 2 + 0.01 sum log(sigma_max / sigma_min)^2
+    L_M     = sum_i E[ (mu_i - x)^2 / sigma_i^2 + log sigma_i^2 ] + c |w|^2 / 2 + 0.01 sum log (sigma_max^2 / sigma_min^2)
 
 Then SAC learns from the data and from rollouts of h steps, which begin in the data and draw an elite at each step:
 
@@ -23,7 +23,7 @@ Then SAC learns from the data and from rollouts of h steps, which begin in the d
 Logs q_start, the critic's value where episodes begin, and at each evaluation model_return, what the policy's mode earns
 in the model from there on, without penalty: compare them with eval.csv. The seconds in run.json do not count the fit.
 Departs from the paper: as the authors' code does, without spectral normalisation (their issue 3), u from sigma and not
-from Sigma = sigma^2, H = -3 in every task.
+from Sigma = sigma^2, H = -3 in every task. Unlike theirs the fit has an end, --model-epochs.
 Shapes: S seeds, E networks or critics, B batch, N transitions. The S seeds train side by side and never interact.
 """
 import copy
@@ -63,7 +63,7 @@ class Args:
     num_elites: int = 5  # of them imagine
     model_hidden_dim: int = 200  # units in each of their four hidden layers
     model_lr: float = 1e-3  # of Adam
-    model_epochs: int = 100  # at most; the fit ends after 6 epochs in a row without a better network
+    model_epochs: int = 80  # at most; the fit ends after 6 epochs in a row without a better network
     # --- MOPO: the policy; the authors' horizon and penalty on D4RL's v0 sets, and OfflineRL-Kit's on v2 ---
     #              random  medium  medium-replay  medium-expert    v2: medium  medium-replay  medium-expert
     # Hopper       5 1     5 5     5 1            5 1                  5 5     5 2.5          5 5
@@ -164,7 +164,7 @@ class Dynamics(nn.Module):
 
 # --- losses: each returns one value per seed, (S,) ---
 def model_loss(dynamics, s_a, x):
-    """sum_i E[ (mu_i - x)^2 / sigma_i^2 + log sigma_i^2 ] + c |w|^2 / 2 + 0.01 sum log(sigma_max / sigma_min)^2"""
+    """sum_i E[ (mu_i - x)^2 / sigma_i^2 + log sigma_i^2 ] + c |w|^2 / 2 + 0.01 sum log (sigma_max^2 / sigma_min^2)"""
     mean, logvar = dynamics(s_a)
     nll = ((mean - x).square() * (-logvar).exp() + logvar).mean((-2, -1)).sum(-1)  # (S, E, B, 1 + obs_dim) -> (S,)
     decay = sum(c / 2 * layer.weight.square().sum((-3, -2, -1)) for c, layer in zip(dynamics.DECAY, dynamics.layers))

@@ -88,22 +88,22 @@ def first_steps(dataset_id, n, path):
 def sac_offline_runs(data):
     small = first_steps("hopper/medium-v0", 10_000, data / "hopper-medium-10000.hdf5")
     return {"100000": "sac_offline.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 30000",
-            "10000": f"sac_offline.py --dataset-id {small} --env-id Hopper-v5 --num-seeds 3 --num-updates 30000"}
+            "10000": f"sac_offline.py --dataset-id {small} --env-id Hopper-v5 --num-seeds 3 --num-updates 20000"}
 
 
 def q_and_returns(runs, titles):
-    figure, axes = plt.subplots(2, len(runs), figsize=(4.2 * len(runs), 5), sharex="col", sharey="row", squeeze=False)
+    figure, axes = plt.subplots(2, len(runs), figsize=(4.2 * len(runs), 5.4), sharex=True, sharey="row", layout="constrained")
     for (label, run), (above, below) in zip(runs.items(), axes.T):
         curve(above, losses(run, "q_start"), "value", label="$Q(s_0, \\pi(s_0))$: what the critic expects", color="C3")
         curve(above, evals(run), "discounted_return_mean", label="discounted return of the same policy", color="C0")
         above.set(yscale="symlog", title=titles[label])
-        curve(below, evals(run), "return_mean", color="C0", label="return")
-        below.axhline(returns("hopper/medium-v0").mean(), color="0.4", ls="--", label="mean of the data")
-        below.set(xlabel="updates", ylim=(0, None))
-    axes[0, 0].set_ylabel("discounted value (symmetric log)")
-    axes[1, 0].set_ylabel("return of an episode")
-    axes[0, -1].legend()
-    axes[1, -1].legend()
+        curve(below, evals(run), "return_mean", color="C2", label="return of an episode")
+        below.axhline(returns("hopper/medium-v0").mean(), color="0.4", ls="--", label="its mean in the data")
+        below.set(xlabel="updates", xlim=(0, None), ylim=(-20, None))
+    axes[0, 0].set_ylabel("discounted (symmetric log)")
+    axes[1, 0].set_ylabel("not discounted")
+    handles, labels = map(sum, zip(*(axis.get_legend_handles_labels() for axis in axes[:, 0])), ([], []))
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -515,8 +515,8 @@ def run(name, label, command, fresh):
     kept.mkdir(parents=True)
     for pattern in KEPT:
         for path in done.parent.glob(pattern):
-            text = path.read_text().replace(str(work), "runs").replace(str(ROOT) + os.sep, "")
-            (kept / path.name).write_text(text)
+            text = re.sub('"out_dir": .*', '"out_dir": "runs",', path.read_text())
+            (kept / path.name).write_text(text.replace(str(ROOT) + os.sep, ""))
     return kept
 
 

@@ -393,7 +393,7 @@ def test_what_cannot_be_recorded_is_refused(flags, words, tmp_path, capsys):
 
 
 def test_continuous_data_and_an_impossible_threshold_are_refused(hopper, tmp_path, capsys):
-    for flags, word in ({}, "discrete"), ({"threshold": 1.2}, "--threshold cannot be 1.2"):
+    for flags, word in ({"dataset_id": str(hopper)}, "discrete"), ({"threshold": 1.2}, "--threshold cannot be 1.2"):
         with pytest.raises(SystemExit) as stopped:
             bcq_discrete.main(small("bcq_discrete", hopper, tmp_path / "out", **flags))
         assert stopped.value.code == 2 and word in capsys.readouterr().err and not (tmp_path / "out").exists()
