@@ -8,7 +8,7 @@ Yu, Thomas, Yu, Ermon, Zou, Levine, Finn & Ma, NeurIPS 2020. https://arxiv.org/a
 
 E networks N(mu_i, sigma_i^2) over x = [r, s' - s] are fitted; those with the least hold-out error are the elites:
 
-    L_M     = sum_i E[ (mu_i - x)^2 / sigma_i^2 + log sigma_i^2 ] + c |w|^2 / 2 + 0.01 sum log (sigma_max^2 / sigma_min^2)
+    L_M     = sum_i E[ (mu_i - x)^2 / sigma_i^2 + log sigma_i^2 ] + c |w|^2 / 2 + 0.01 sum log(sigma_max^2/sigma_min^2)
 
 Then SAC learns from the data and from rollouts of h steps, which begin in the data and draw an elite at each step:
 
@@ -164,7 +164,7 @@ class Dynamics(nn.Module):
 
 # --- losses: each returns one value per seed, (S,) ---
 def model_loss(dynamics, s_a, x):
-    """sum_i E[ (mu_i - x)^2 / sigma_i^2 + log sigma_i^2 ] + c |w|^2 / 2 + 0.01 sum log (sigma_max^2 / sigma_min^2)"""
+    """sum_i E[ (mu_i - x)^2 / sigma_i^2 + log sigma_i^2 ] + c |w|^2 / 2 + 0.01 sum log(sigma_max^2/sigma_min^2)"""
     mean, logvar = dynamics(s_a)
     nll = ((mean - x).square() * (-logvar).exp() + logvar).mean((-2, -1)).sum(-1)  # (S, E, B, 1 + obs_dim) -> (S,)
     decay = sum(c / 2 * layer.weight.square().sum((-3, -2, -1)) for c, layer in zip(dynamics.DECAY, dynamics.layers))
