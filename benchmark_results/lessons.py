@@ -283,81 +283,101 @@ def dt_draw(runs):
                     f"{data.max():.0f} at best.")
 
 
-# --- a threshold between Q-learning and cloning ---
+# --- a threshold between Q-learning and cloning, and discrete methods on the same data ---
 BCQ_THRESHOLDS = "0", "0.1", "0.3", "0.5", "1"
-LANDER = "--dataset-id lunarlander/mixed-v0 --num-seeds 3 --num-updates 20000"
+LANDER_SETS = {"mixed": "the shipped set", "half": "its half-trained episodes alone"}
 
 
-def lander_returns():
-    """Returns of the random and of the half-trained episodes of the shipped set, each half of its steps."""
-    data = minari.MinariDataset(ROOT / "datasets" / "lunarlander" / "mixed-v0" / "data")
-    episodes = [(len(episode.rewards), episode.rewards.sum()) for episode in data.iterate_episodes()]
-    lengths, found = np.array(episodes).T
-    later = lengths.cumsum() > data.total_steps / 2
-    return found[~later], found[later]
+def lander_sets(data):
+    """Flags for the shipped set and for its half-trained episodes, the later half of its steps, as a D4RL file."""
+    shipped, path = minari.MinariDataset(ROOT / "datasets" / "lunarlander" / "mixed-v0" / "data"), data / "half.hdf5"
+    keys = "observations", "actions", "rewards", "terminals", "timeouts", "next_observations"
+    parts = [(e.observations[:-1], e.actions, e.rewards, e.terminations, e.truncations, e.observations[1:])
+             for e in shipped.iterate_episodes()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for key, values in zip(keys, zip(*parts)):
+            file[key] = np.concatenate(values)[shipped.total_steps // 2 :]
+    return {"mixed": "--dataset-id lunarlander/mixed-v0 --num-seeds 3",
+            "half": f"--dataset-id {path} --env-id LunarLander-v3 --num-seeds 3"}
 
 
 def lander_lines(axis):
-    random, half = lander_returns()
-    for value, label, style in (
-            (random.mean(), "the data's random episodes, mean", ":"), (half.mean(), "its half-trained episodes, mean", "--"),
-            (max(random.max(), half.max()), "its best episode", "-.")):
+    """Returns of the shipped set: its steps are half random, then half by the half-trained policy."""
+    shipped = minari.MinariDataset(ROOT / "datasets" / "lunarlander" / "mixed-v0" / "data")
+    lengths, found = np.array([(len(e.rewards), e.rewards.sum()) for e in shipped.iterate_episodes()]).T
+    later = lengths.cumsum() > shipped.total_steps / 2
+    for value, label, style in ((found[~later].mean(), "random episodes, mean", ":"),
+                                (found[later].mean(), "half-trained episodes, mean", "--"),
+                                (found.max(), "best episode", "-.")):
         axis.axhline(value, color="0.4", ls=style, lw=1, label=label)
 
 
-def lately(table, key, n=5):
+def lately(table, key, n=2):
     """Of each seed, the mean of the last n rows."""
-    return [np.mean([row[key] for row in table if row["seed"] == k][-n:]) for k in sorted({row["seed"] for row in table})]
+    seeds = sorted({row["seed"] for row in table})
+    return [np.mean([row[key] for row in table if row["seed"] == k][-n:]) for k in seeds]
 
 
 def bcq_discrete_runs(data):
-    return {t: f"bcq_discrete.py --threshold {t} {LANDER}" for t in BCQ_THRESHOLDS}
+    return {f"{part} {t}": f"bcq_discrete.py --threshold {t} {flags} --num-updates 20000"
+            for part, flags in lander_sets(data).items() for t in BCQ_THRESHOLDS}
 
 
 def bcq_discrete_draw(runs):
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    x, found = range(len(runs)), {label: lately(evals(run), "return_mean") for label, run in runs.items()}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
+    x, found = range(len(BCQ_THRESHOLDS)), {}
     lander_lines(axes[0])
-    axes[0].plot(x, [np.mean(v) for v in found.values()], color="C0", label="BCQ, mean of 3 seeds")
-    for i, v in zip(x, found.values()):
-        axes[0].plot([i] * len(v), v, ".", color="C0")
-    axes[0].set(ylabel="return of an episode, mean of the last 5 evaluations")
-    axes[0].legend(loc="lower center", fontsize=8)
-    for name, source, key, color in (
-            ("$Q(s_0, \\pi(s_0))$: what the critic expects", lambda run: losses(run, "q_start"), "value", "C3"),
-            ("discounted return of the same policy", evals, "discounted_return_mean", "C0")):
-        y = [lately(source(run), key) for run in runs.values()]
-        axes[1].plot(x, [np.mean(v) for v in y], color=color, label=name)
-        for i, v in zip(x, y):
-            axes[1].plot([i] * len(v), v, ".", color=color)
+    for color, (part, title) in zip(("C0", "C1"), LANDER_SETS.items()):
+        some = [runs[f"{part} {t}"] for t in BCQ_THRESHOLDS]
+        found[part] = [lately(evals(run), "return_mean") for run in some]
+        q = [lately(losses(run, "q_start"), "value") for run in some]
+        g = [lately(evals(run), "discounted_return_mean") for run in some]
+        for axis, y, style, label in (
+                (axes[0], found[part], "-", title), (axes[1], q, "-", f"{title}: $Q(s_0, \\pi(s_0))$"),
+                (axes[1], g, "--", "its policy's discounted return")):
+            axis.plot(x, [np.mean(v) for v in y], color=color, ls=style, label=label)
+            axis.plot(x, y, ".", color=color)
+    axes[0].set(ylabel="return, mean of the last 2 evaluations")
     axes[1].set(ylabel="discounted value")
-    axes[1].legend()
     for axis in axes:
-        axis.set(xlabel="threshold: 0 is Q-learning, 1 is cloning", xticks=x, xticklabels=runs)
-    return figure, "the policy returns " + ", ".join(f"{np.mean(v):.0f} with threshold {t}" for t, v in found.items())
+        axis.legend(fontsize=7)
+        axis.set(xlabel="threshold: 0 is Q-learning, 1 is cloning", xticks=x, xticklabels=BCQ_THRESHOLDS)
+    return figure, "; ".join(
+        f"{title}: " + ", ".join(f"{np.mean(v):.0f} at {t}" for t, v in zip(BCQ_THRESHOLDS, found[part]))
+        for part, title in LANDER_SETS.items()) + " (return against threshold)"
 
 
-# --- discrete methods on the same data ---
+LANDER_METHODS = {
+    "dqn": ("DQN offline", "dqn_offline.py"), "bcq": ("BCQ, threshold 0.3", "bcq_discrete.py"),
+    "cql": ("CQL", "cql_discrete.py"), "cloning": ("cloning (BCQ, threshold 1)", "bcq_discrete.py --threshold 1")}
+
+
 def cql_discrete_runs(data):
-    return {"dqn": f"dqn_offline.py {LANDER}", "bcq": f"bcq_discrete.py {LANDER}", "cql": f"cql_discrete.py {LANDER}",
-            "cloning": f"bcq_discrete.py --threshold 1 {LANDER}"}
+    return {f"{part} {label}": f"{command} {flags} --num-updates 20000"
+            for part, flags in lander_sets(data).items() for label, (_, command) in LANDER_METHODS.items()}
 
 
 def cql_discrete_draw(runs):
-    titles = {"dqn": "DQN offline", "bcq": "BCQ, threshold 0.3", "cql": "CQL", "cloning": "cloning (BCQ, threshold 1)"}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    lander_lines(axes[0])
-    for i, (label, run) in enumerate(runs.items()):
-        curve(axes[0], evals(run), "return_mean", color=f"C{i}", label=titles[label])
-        if label != "cloning":  # which ignores its critic
-            curve(axes[1], losses(run, "q_start"), "value", color=f"C{i}", label=f"{titles[label]}: $Q(s_0, \\pi(s_0))$")
-            curve(axes[1], evals(run), "discounted_return_mean", color=f"C{i}", ls="--", label="its discounted return")
-    axes[0].set(xlabel="updates", ylabel="return of an episode")
-    axes[1].set(xlabel="updates", ylabel="discounted value")
-    axes[0].legend(fontsize=7)
-    axes[1].legend(fontsize=7)
-    return figure, "; ".join(f"{titles[label]} returns {np.mean(v):.0f} ({min(v):.0f} to {max(v):.0f} by seed), mean of the "
-                             "last 5 evaluations" for label, v in ((l, lately(evals(r), "return_mean")) for l, r in runs.items()))
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, sharey="row", layout="constrained")
+    for (part, title), (above, below) in zip(LANDER_SETS.items(), axes.T):
+        lander_lines(above)
+        for i, (label, (name, _)) in enumerate(LANDER_METHODS.items()):
+            run = runs[f"{part} {label}"]
+            curve(above, evals(run), "return_mean", color=f"C{i}", label=name)
+            if label != "cloning":  # which does not ask its critic
+                curve(below, losses(run, "q_start"), "value", color=f"C{i}", label=f"{name}: $Q(s_0, \\pi(s_0))$")
+                curve(below, evals(run), "discounted_return_mean", color=f"C{i}", ls="--", label="discounted return")
+        above.set(title=title, ylim=(-500, 310))
+        below.set(xlabel="updates", ylim=(-150, 100))
+    axes[0, 0].set_ylabel("return of an episode")
+    axes[1, 0].set_ylabel("discounted value")
+    axes[0, 1].legend(fontsize=7, loc="lower right")
+    axes[1, 0].legend(fontsize=7, loc="lower right")
+    return figure, "mean return of the last 2 evaluations: " + "; ".join(
+        f"{title}: " + ", ".join(f"{name} {np.mean(lately(evals(runs[f'{part} {label}']), 'return_mean')):.0f}"
+                                 for label, (name, _) in LANDER_METHODS.items())
+        for part, title in LANDER_SETS.items())
 
 
 # --- two modes ---
