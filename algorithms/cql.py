@@ -12,7 +12,7 @@ Kumar, Zhou, Tucker & Levine, NeurIPS 2020. https://arxiv.org/abs/2006.04779  Th
     L_pi    = E[ alpha log pi(a|s) - min_i Q_i(s, a) ],   a ~ pi(s)           (7)
     L_alpha = E[ -alpha (log pi(a|s) + H) ],   H = -dim(A)                    (18)
 
-    python algorithms/cql.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 5000 --eval-every 1000
+    python algorithms/cql.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 4000 --eval-every 1000
 
 Logs q_start, the critic's value where episodes begin: compare it with the discounted return in eval.csv.
 Departs from the paper: as in the authors' code no factor 1/2 before the square and no entropy in y; unlike there the
@@ -466,9 +466,9 @@ def check(args):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
     for name, value in vars(args).items():
         least = name not in ("seed", "eval_episodes", "eval_workers")
-        fraction = name in ("gamma", "tau", "expectile", "dropout", "threshold", "real_ratio")
-        if (type(value) is int and not least <= value < 2**63 or fraction and not 0 <= value <= 1
-                or name.endswith(("_lr", "_rate")) and not value > 0):
+        fraction = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
+        if (type(value) is int and type(getattr(Args, name)) is not float and not least <= value < 2**63
+                or fraction and not 0 <= value <= 1 or name.endswith(("_lr", "_rate")) and not value > 0):
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     cuda = torch.cuda.is_available()
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device

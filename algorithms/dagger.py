@@ -48,7 +48,7 @@ class Args:
     # --- DAgger ---
     expert: str = "datasets/hopper/expert.pt2"  # pi*: policy.pt2 of a run, of which agent 0 is taken
     rounds: int = 20  # times that the agent acts, is labelled and learns
-    steps_per_round: int = 1_000  # labels of each agent and round
+    steps_per_round: int = 1_000  # labels of each agent and round; fewer than an episode has never show its end
     beta_decay: float = 0.0  # p: the expert acts with probability beta_i = p^(i-1) in round i; the first is all its own
     horizon: int | None = None  # steps of an episode, in training and evaluation; default: the environment's
 
@@ -108,7 +108,8 @@ class Replay(nn.Module):
             (x[:, : state["size"]] if x.dim() else x).copy_(state[name])
 
     def add(self, obs, action):  # (S, .)
-        self.obs[:, self.size], self.action[:, self.size] = obs, action
+        i = int(self.size)
+        self.obs[:, i], self.action[:, i] = obs, action
         self.size += 1
 
     def sample(self, B):  # s, a, each (S, B, .)
@@ -374,9 +375,9 @@ def check(args):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
     for name, value in vars(args).items():
         least = name not in ("seed", "eval_episodes", "eval_workers")
-        fraction = name in ("gamma", "tau", "expectile", "dropout", "threshold", "real_ratio")
-        if (type(value) is int and not least <= value < 2**63 or fraction and not 0 <= value <= 1
-                or name.endswith(("_lr", "_rate")) and not value > 0):
+        fraction = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
+        if (type(value) is int and type(getattr(Args, name)) is not float and not least <= value < 2**63
+                or fraction and not 0 <= value <= 1 or name.endswith(("_lr", "_rate")) and not value > 0):
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     cuda = torch.cuda.is_available()
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device

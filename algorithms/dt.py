@@ -485,9 +485,9 @@ def check(args):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
     for name, value in vars(args).items():
         least = name not in ("seed", "eval_episodes", "eval_workers")
-        fraction = name in ("gamma", "tau", "expectile", "dropout", "threshold", "real_ratio")
-        if (type(value) is int and not least <= value < 2**63 or fraction and not 0 <= value <= 1
-                or name.endswith(("_lr", "_rate")) and not value > 0):
+        fraction = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
+        if (type(value) is int and type(getattr(Args, name)) is not float and not least <= value < 2**63
+                or fraction and not 0 <= value <= 1 or name.endswith(("_lr", "_rate")) and not value > 0):
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     cuda = torch.cuda.is_available()
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device

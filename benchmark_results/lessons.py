@@ -5,7 +5,7 @@
     python benchmark_results/lessons.py --list                # what there is, with its commands
 
 A lesson is a set of commands of the method files and a drawing of what they log. Their directories grow in runs/lessons/,
-where an interrupted one is taken up again; the small files go to benchmark_results/lessons/NAME/, the plot beside them.
+where an interrupted one is taken up again; the small files go to benchmark_results/lessons/NAME/, plot and text beside.
 """
 import argparse
 import csv
@@ -92,7 +92,7 @@ def sac_offline_runs(data):
 
 
 def q_and_returns(runs, titles):
-    figure, axes = plt.subplots(2, len(runs), figsize=(4.2 * len(runs), 5.4), sharex=True, sharey="row", layout="constrained")
+    figure, axes = plt.subplots(2, len(runs), figsize=(8.4, 5.4), sharex=True, sharey="row", layout="constrained")
     for (label, run), (above, below) in zip(runs.items(), axes.T):
         curve(above, losses(run, "q_start"), "value", label="$Q(s_0, \\pi(s_0))$: what the critic expects", color="C3")
         curve(above, evals(run), "discounted_return_mean", label="discounted return of the same policy", color="C0")
@@ -110,20 +110,22 @@ def q_and_returns(runs, titles):
 def sac_offline_draw(runs):
     figure = q_and_returns(runs, {label: f"{int(label):,} transitions of Hopper medium" for label in runs})
     return figure, "; ".join(
-        f"with {int(label):,} transitions the critic expects {last(losses(run, 'q_start'), 'value'):.3g} and the policy gets "
-        f"{last(evals(run), 'discounted_return_mean'):.0f} (undiscounted {last(evals(run), 'return_mean'):.0f})"
+        f"with {int(label):,} transitions the critic expects {last(losses(run, 'q_start'), 'value'):.3g} and the policy "
+        f"gets {last(evals(run), 'discounted_return_mean'):.0f} (undiscounted {last(evals(run), 'return_mean'):.0f})"
         for label, run in runs.items())
 
 
 def cql_runs(data):
     return {"sac": "sac_offline.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 30000",
-            "cql": "cql.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 5000 --eval-every 1000"}
+            "cql": "cql.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 4000 --eval-every 1000"}
 
 
 def cql_draw(runs):
     figure = q_and_returns(runs, {"sac": "SAC offline", "cql": "CQL, the same data"})
-    q, g = last(losses(runs["cql"], "q_start"), "value"), last(evals(runs["cql"]), "discounted_return_mean")
-    return figure, f"CQL's critic expects {q:.0f}, {'below' if q < g else 'above'} the {g:.0f} that its policy gets"
+    q, g, end = last(losses(runs["cql"], "q_start"), "value"), last(evals(runs["cql"]), "discounted_return_mean"), 4000
+    naive = np.mean([row["value"] for row in losses(runs["sac"], "q_start") if row["update"] == end])
+    return figure, (f"after {end:,} updates CQL's critic expects {q:.0f}, {'below' if q < g else 'above'} the {g:.0f} that its "
+                    f"policy gets; SAC's expects {naive:.0f} by then, and never gets more than 5")
 
 
 # --- a batch on a finite MDP ---
@@ -251,7 +253,7 @@ def bcq_tabular_draw(runs):
 
 # --- what is asked for and what is achieved ---
 def dt_runs(data):
-    return {"both": "dt.py --dataset-id hopper/medium-replay-v0+hopper/medium-v0 --num-seeds 2 --num-updates 5000 "
+    return {"both": "dt.py --dataset-id hopper/medium-replay-v0+hopper/medium-v0 --num-seeds 2 --num-updates 3200 "
                     "--warmup 500 --eval-every 5000 --sweep"}
 
 
@@ -284,7 +286,7 @@ def dt_draw(runs):
 
 
 # --- a threshold between Q-learning and cloning, and discrete methods on the same data ---
-BCQ_THRESHOLDS = "0", "0.1", "0.3", "0.5", "1"
+BCQ_THRESHOLDS = {"mixed": ("0", "0.1", "0.3", "0.5", "1"), "half": ("0", "0.3", "1")}
 LANDER_SETS = {"mixed": "the shipped set", "half": "its half-trained episodes alone"}
 
 
@@ -321,15 +323,15 @@ def lately(table, key, n=2):
 
 def bcq_discrete_runs(data):
     return {f"{part} {t}": f"bcq_discrete.py --threshold {t} {flags} --num-updates 20000"
-            for part, flags in lander_sets(data).items() for t in BCQ_THRESHOLDS}
+            for part, flags in lander_sets(data).items() for t in BCQ_THRESHOLDS[part]}
 
 
 def bcq_discrete_draw(runs):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
-    x, found = range(len(BCQ_THRESHOLDS)), {}
+    ticks, found = BCQ_THRESHOLDS["mixed"], {}
     lander_lines(axes[0])
     for color, (part, title) in zip(("C0", "C1"), LANDER_SETS.items()):
-        some = [runs[f"{part} {t}"] for t in BCQ_THRESHOLDS]
+        x, some = zip(*((ticks.index(t), runs[f"{part} {t}"]) for t in BCQ_THRESHOLDS[part]))
         found[part] = [lately(evals(run), "return_mean") for run in some]
         q = [lately(losses(run, "q_start"), "value") for run in some]
         g = [lately(evals(run), "discounted_return_mean") for run in some]
@@ -342,9 +344,9 @@ def bcq_discrete_draw(runs):
     axes[1].set(ylabel="discounted value")
     for axis in axes:
         axis.legend(fontsize=7)
-        axis.set(xlabel="threshold: 0 is Q-learning, 1 is cloning", xticks=x, xticklabels=BCQ_THRESHOLDS)
+        axis.set(xlabel="threshold: 0 is Q-learning, 1 is cloning", xticks=range(len(ticks)), xticklabels=ticks)
     return figure, "; ".join(
-        f"{title}: " + ", ".join(f"{np.mean(v):.0f} at {t}" for t, v in zip(BCQ_THRESHOLDS, found[part]))
+        f"{title}: " + ", ".join(f"{np.mean(v):.0f} at {t}" for t, v in zip(BCQ_THRESHOLDS[part], found[part]))
         for part, title in LANDER_SETS.items()) + " (return against threshold)"
 
 
@@ -444,6 +446,13 @@ def fork_actions(run, n=300):
     return np.loadtxt(path, delimiter=",")
 
 
+def bc_diffusion_log(label, run):
+    """What the drawing needs of a policy."""
+    if label.startswith("fork"):
+        fork_trajectories(run)
+        fork_actions(run)
+
+
 def bc_diffusion_draw(runs):
     figure, axes = plt.subplots(2, 3, figsize=(10.5, 5), layout="constrained")
     demonstrations, crashed = fork_demonstrations(), {}
@@ -510,6 +519,85 @@ def mopo_draw(runs):
         f"{last(evals(run), 'return_mean'):.0f} in the environment" for label, run in runs.items())
 
 
+# --- labels where the learner goes ---
+DAGGER_HORIZONS, DAGGER_LABELS = (100, 200, 400, 800), (1000, 2000, 4000, 10000)
+
+
+def dagger_runs(data):
+    student = "--num-seeds 10 --hidden-dim 32 --learning-rate 1e-3 --eval-episodes 5"  # small, so that it errs
+    runs = {"dagger": f"dagger.py {student} --rounds 10 --steps-per-round 1000 --num-updates 10000 --eval-every 1000"}
+    for n in DAGGER_LABELS:
+        runs[f"bc {n}"] = f"dagger.py {student} --rounds 1 --steps-per-round {n} --num-updates 10000 --eval-every 10000"
+    for h in DAGGER_HORIZONS:
+        shape = f"{student} --horizon {h} --num-updates 5000 --eval-every 5000"
+        runs[f"dagger, horizon {h}"] = f"dagger.py {shape} --rounds 5 --steps-per-round 800"
+        runs[f"bc, horizon {h}"] = f"dagger.py {shape} --rounds 1 --steps-per-round 4000"
+    return runs
+
+
+def expert_returns(run, episodes=20):
+    """Returns of the shipped expert after each horizon and 1,000 steps, {horizon: mean}; kept in expert.csv."""
+    path, horizons = run / "expert.csv", (*DAGGER_HORIZONS, 1000)
+    if not path.exists():
+        import gymnasium
+
+        expert = torch.export.load(ROOT / "datasets" / "hopper" / "expert.pt2").module()
+        env, rows = gymnasium.make("Hopper-v5"), []
+        for episode in range(episodes):
+            obs, rewards, ended = env.reset(seed=episode)[0], [], False
+            while not ended:
+                with torch.no_grad():
+                    action = expert(torch.tensor(obs[None], dtype=torch.float32))[0, 0].numpy()
+                obs, reward, terminated, truncated, _ = env.step(action)
+                rewards.append(reward)
+                ended = terminated or truncated
+            rows.append([sum(rewards[:h]) for h in horizons])
+        np.savetxt(path, rows, "%.2f", ",", header=",".join(map(str, horizons)), comments="")
+    return dict(zip(horizons, np.loadtxt(path, delimiter=",", skiprows=1).mean(0)))
+
+
+def final_returns(run):
+    """Return of each seed at the last evaluation."""
+    rows = evals(run)
+    return np.array([row["return_mean"] for row in rows if row["update"] == rows[-1]["update"]])
+
+
+def dagger_draw(runs):
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    expert, rng, slopes = expert_returns(runs["dagger"]), np.random.default_rng(0), {}
+    rows = evals(runs["dagger"])
+    updates = sorted({row["update"] for row in rows})
+    score = np.array([[row["return_mean"] for row in rows if row["update"] == u] for u in updates])  # (rounds, seeds)
+    cloned = np.array([final_returns(runs[f"bc {n}"]) for n in DAGGER_LABELS])
+    for labels, one, name, color in ((1000 * np.arange(1, len(score) + 1), score, "DAgger, its rounds", "C0"),
+                                     (DAGGER_LABELS, cloned, "BC, one run per point", "C3")):
+        error = one.std(1) / one.shape[1] ** 0.5
+        axes[0].errorbar(labels, one.mean(1), error, fmt="o-", color=color, markersize=4, capsize=2, label=name)
+    axes[0].axhline(expert[1000], color="black", linestyle=":", linewidth=1, label="expert")
+    axes[0].set(xlabel="expert labels of each agent", ylabel="return of the agent alone", ylim=(0, None))
+    axes[0].legend(fontsize=8)
+    for name, color in ("dagger", "C0"), ("bc", "C3"):
+        cost = np.array([expert[h] - final_returns(runs[f"{name}, horizon {h}"]) for h in DAGGER_HORIZONS])
+        drawn = [cost[:, rng.integers(cost.shape[1], size=cost.shape[1])].mean(1) for _ in range(1000)]  # over seeds
+        fits = [np.polyfit(np.log(DAGGER_HORIZONS), np.log(x), 1)[0] for x in drawn if (x > 0).all()]
+        slopes[name] = f"{np.polyfit(np.log(DAGGER_HORIZONS), np.log(cost.mean(1)), 1)[0]:.2f} ± {np.std(fits):.2f}"
+        title = {"dagger": "DAgger", "bc": "BC"}[name]
+        axes[1].errorbar(DAGGER_HORIZONS, cost.mean(1), cost.std(1) / cost.shape[1] ** 0.5, fmt="o-", color=color,
+                         markersize=4, capsize=2, label=f"{title}: slope {slopes[name]}")
+        first, less = cost[0].mean(), sum(cost.mean(1) > less) if name == "bc" else cost.mean(1)
+    for power, style in (1, "--"), (2, ":"):
+        axes[1].plot(DAGGER_HORIZONS, first * (np.array(DAGGER_HORIZONS) / 100) ** power, style, color="0.6", linewidth=1,
+                     label=f"grows as H{'²' if power == 2 else ''}")
+    axes[1].set(xscale="log", yscale="log", xlabel="horizon H (steps)", ylabel="return below the expert's")
+    axes[1].set_xticks(DAGGER_HORIZONS, DAGGER_HORIZONS)
+    axes[1].minorticks_off()
+    axes[1].legend(fontsize=8)
+    return figure, (f"With {DAGGER_LABELS[-1]:,} labels DAgger returns {score[-1].mean():.0f} and BC {cloned[-1].mean():.0f} "
+                    f"(expert {expert[1000]:.0f}); what they lose to the expert grows with the horizon to the power "
+                    f"{slopes['dagger']} (DAgger) and {slopes['bc']} (BC), 10 seeds. The bounds say 1 and 2; "
+                    f"DAgger loses less at {less} of {len(DAGGER_HORIZONS)} horizons.")
+
+
 # --- the runner ---
 NAMES = sorted(name[:-5] for name in globals() if name.endswith("_draw"))
 
@@ -532,12 +620,24 @@ def run(name, label, command, fresh):
         command = [sys.executable, str(ROOT / "algorithms" / script), *flags]
         subprocess.run(command + ([] if begun else ["--out-dir", str(work)]), check=True, cwd=ROOT)
     (done,) = sorted(work.glob("*/policy.pt2"))
+    globals().get(f"{name}_log", lambda *_: None)(label, done.parent)
     kept.mkdir(parents=True)
     for pattern in KEPT:
         for path in done.parent.glob(pattern):
             text = re.sub('"out_dir": .*', '"out_dir": "runs",', path.read_text())
             (kept / path.name).write_text(text.replace(str(ROOT) + os.sep, ""))
     return kept
+
+
+def write_page():
+    """README.md beside the plots: each with its sentence."""
+    parts = ["# Lessons", "What each method is there to show, from the committed logs of real runs. "
+             "`python benchmark_results/lessons.py NAME` draws a plot anew, with `--fresh` after running its commands again, "
+             "which `--list` prints."]
+    for name in NAMES:
+        if (LESSONS / name / "message.txt").exists():
+            parts += [f"## {name}", f"![{name}]({name}.png)", (LESSONS / name / "message.txt").read_text().strip()]
+    (LESSONS / "README.md").write_text("\n\n".join(parts) + "\n")
 
 
 def main():
@@ -556,7 +656,10 @@ def main():
         figure, message = globals()[f"{name}_draw"](
             {label: run(name, label, command, args.fresh) for label, command in commands.items()})
         figure.savefig(LESSONS / f"{name}.png", bbox_inches="tight")
+        (LESSONS / name / "message.txt").write_text(message[0].upper() + message[1:].rstrip(".") + ".\n")
         print(f"{name}: {message}; {LESSONS / name}.png")
+    if not args.list:
+        write_page()
 
 
 if __name__ == "__main__":

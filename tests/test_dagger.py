@@ -14,7 +14,7 @@ SEEN = []  # per environment that a test made: the (obs, action, next_obs) of al
 
 class Drift(gym.Env):
     """x' = 1.5 x + a + 0.2 between walls at -0.5 and 0.5, reward -|x|. The best policy begins near 0 and stays there:
-    it never shows how to come back. Actions are 2 a + 1, so that labels have to be mapped. The second observation is 1."""
+    it never shows how to come back. Actions are 2 a + 1: labels have to be mapped. The second observation is 1."""
 
     observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 3, (1,))
 
@@ -221,6 +221,17 @@ def test_an_expert_that_does_not_fit(case, best, tmp_path, capfd):
     message = capfd.readouterr().err.strip()
     assert stopped.value.code == 2 and message.startswith("dagger: --expert") and "\n" not in message
     assert flags.get("expert", str(best)) in message and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [{"beta_decay": -0.1}, {"beta_decay": 1.5}, {"beta_decay": float("nan")},
+                                   {"horizon": 0}, {"rounds": 0}, {"steps_per_round": 0}])
+def test_impossible_flags(flags, best, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        m.main(args(best, tmp_path / "out", **flags))
+    message = capsys.readouterr().err.strip()
+    name = next(iter(flags)).replace("_", "-")
+    assert stopped.value.code == 2 and message.startswith(f"dagger: --{name} ") and "\n" not in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_shipped_expert_is_found_from_anywhere(tmp_path, monkeypatch):
