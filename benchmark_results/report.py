@@ -287,7 +287,9 @@ def texts(cells, data):
     report = ["# Results", "`python benchmark_results/report.py` wrote this page from the raw files beside it.",
               "## Last evaluation", result, plot.format(""), "## Aggregates", aggregates(groups(cells)),
               "## Where each cell comes from", provenance(cells)]
-    part = [BEGIN, plot.format("benchmark_results/"), result, fill(
+    brief, _, care = result.partition("\n\nTo be read with care:")
+    numbers = "The small numbers are notes on cells to be read with care, in REPORT.md. " * bool(care)
+    part = [BEGIN, plot.format("benchmark_results/"), brief, fill(numbers +
         "Lines in the plot are means over seeds, bands reach from the lowest seed to the highest. Aggregates, and the "
         "commit, hardware, versions and wall time of every cell: [REPORT.md](benchmark_results/REPORT.md)."), END]
     before, _, rest = (readme.read_text() if readme.exists() else "").partition(BEGIN)
