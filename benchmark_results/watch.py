@@ -1,0 +1,117 @@
+"""Plays the policy of a run in its environment: a GIF for each seed, with the return so far under the picture.
+
+    python benchmark_results/watch.py runs/hopper-medium-v0__iql__0__1795411111111
+    python benchmark_results/watch.py RUN_DIR --seeds 0 --steps 400 --every 4 --width 240
+
+Writes RUN_DIR/watch-0.gif, watch-1.gif, ... Without a display MuJoCo renders by EGL; MUJOCO_GL=osmesa is its renderer in
+software. A Decision Transformer, whose policy looks back, and tables cannot be watched.
+"""
+import argparse
+import json
+import os
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+if not os.environ.get("DISPLAY"):
+    os.environ.setdefault("MUJOCO_GL", "egl")
+
+import gymnasium as gym
+import torch
+from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "algorithms"))
+
+
+def fail(message):
+    print(f"watch.py: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def task_of(folder):
+    """The module of a run's method and the Task that it acted in."""
+    try:
+        flags = json.loads((folder / "args.json").read_text())
+        module = import_module(json.loads((folder / "run.json").read_text())["method"])
+        args = module.Args(**{**flags, "device": "cpu"})
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        fail(f"{folder} is no directory of a finished run: {error}")
+    if module.METHOD == "dt" or not hasattr(module, "Task"):
+        fail(f"the policy of {module.METHOD} cannot be watched")
+    dataset = None
+    if hasattr(module, "find") and not args.dataset_id.endswith(".hdf5"):
+        dataset = module.find(args.dataset_id if Path(args.dataset_id).exists() else args.dataset_id.split("+")[0])
+    task = module.Task(args, dataset)
+    if task.spec is None:
+        fail(f"{folder}: the data names no environment, and --env-id was not given")
+    return module, task
+
+
+def renderer(spec):
+    """The environment with pictures; MuJoCo's camera follows where the model has one that does."""
+    for follow in [{"camera_name": "track"}] * ("mujoco" in str(spec.entry_point)) + [{}]:
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                env = gym.make(spec, render_mode="rgb_array", **follow)
+                env.reset(seed=0)
+                env.render()
+            return env
+        except Exception as error:
+            problem = error
+    fail(f"nothing renders {spec.id} here ({problem!r}): install EGL or OSMesa, and say which with MUJOCO_GL")
+
+
+def play(policy, k, module, task, env, options):
+    """Frames of one episode of seed k, and its return."""
+    frames, total, over = [], 0.0, False
+    obs, _ = env.reset(seed=options.seed)
+    for t in range(options.steps):
+        if t % options.every == 0:
+            picture = Image.fromarray(env.render())
+            picture = picture.resize((options.width, round(picture.height * options.width / picture.width)))
+            frame = Image.new("RGB", (options.width, picture.height + 18), "white")
+            frame.paste(picture)
+            ImageDraw.Draw(frame).text((6, picture.height + 3), f"seed {k}   step {t}   return {total:.0f}", fill="black")
+            frames.append(frame)
+        with torch.no_grad():
+            action = policy(torch.from_numpy(module.flat(obs, task.obs_space)).unsqueeze(0))[k, 0].numpy()
+        obs, reward, terminated, truncated, _ = env.step(action)
+        total += float(reward)
+        if terminated or truncated:
+            break
+    return frames, total
+
+
+def main(words=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="directory of a finished run")
+    parser.add_argument("--seeds", type=int, nargs="+", help="which agents; default: all")
+    parser.add_argument("--steps", type=int, default=1000, help="at most so many")
+    parser.add_argument("--every", type=int, default=4, help="steps from one frame to the next")
+    parser.add_argument("--width", type=int, default=240, help="of the picture, in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="of the episode")
+    options = parser.parse_args(words)
+    if min(options.steps, options.every, options.width) < 1:
+        parser.error("--steps, --every and --width have to be at least 1")
+    module, task = task_of(options.run)
+    try:
+        policy = torch.export.load(options.run / "policy.pt2").module()
+        seeds = range(len(policy(torch.zeros(1, task.obs_dim))))
+    except Exception as error:
+        fail(f"{options.run / 'policy.pt2'} cannot be played: {error}")
+    if unknown := set(options.seeds or []) - set(seeds):
+        fail(f"--seeds {min(unknown)} is not there: the run has {len(seeds)}")
+    env = renderer(task.spec)
+    fps = env.metadata.get("render_fps", 50) / options.every
+    for k in options.seeds or seeds:
+        torch.manual_seed(options.seed)
+        frames, total = play(policy, k, module, task, env, options)
+        path = options.run / f"watch-{k}.gif"
+        frames = [frame.quantize(64) for frame in frames]
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=max(20, round(1000 / fps)), loop=0)
+        print(f"seed {k}: return {total:.1f}, {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""watch.py writes a GIF of each seed whose return is the environment's, or says in a sentence why not."""
+import importlib.util
+import json
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+import torch
+from conftest import small
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("watch", ROOT / "benchmark_results" / "watch.py")
+watch = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(watch)
+
+
+@pytest.fixture(scope="module")
+def folder(hopper, tmp_path_factory):
+    import dqn_offline
+
+    return dqn_offline.main(small("dqn_offline", hopper, tmp_path_factory.mktemp("watch"), num_seeds=2, num_updates=4))
+
+
+def test_a_gif_of_each_seed_with_the_return_of_the_episode(folder, capsys):
+    watch.main([str(folder), "--every", "2", "--width", "120", "--seed", "5"])
+    said = capsys.readouterr().out.splitlines()
+    policy, env = torch.export.load(folder / "policy.pt2").module(), gym.make("CartPole-v1")
+    for k, line in enumerate(said):
+        obs, total, over = env.reset(seed=5)[0], 0, False
+        while not over:
+            obs, reward, terminated, truncated, _ = env.step(policy(torch.tensor(obs).unsqueeze(0))[k, 0].item())
+            total, over = total + reward, terminated or truncated
+        image = Image.open(folder / f"watch-{k}.gif")
+        assert f"return {total:.1f}" in line and image.size == (120, 98) and abs(image.n_frames - total / 2) <= 1
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize("words, part", [(["--seeds", "7"], "--seeds 7"), (["--steps", "0"], "--steps")])
+def test_wrong_flags(words, part, folder, capsys):
+    with pytest.raises(SystemExit) as stop:
+        watch.main([str(folder), *words])
+    assert stop.value.code == 2 and part in capsys.readouterr().err
+
+
+def test_what_cannot_be_watched_is_told(folder, tmp_path, capsys, monkeypatch):
+    for name, change, part in (("none", None, "no directory of a finished run"), ("dt", {"method": "dt"}, "cannot be watched"),
+                               ("render", {}, "nothing renders CartPole-v1 here")):
+        place = tmp_path / name
+        place.mkdir()
+        if change is not None:
+            for file in "args.json", "run.json", "policy.pt2":
+                (place / file).write_bytes((folder / file).read_bytes())
+            about = json.loads((place / "run.json").read_text())
+            (place / "run.json").write_text(json.dumps({**about, **change}))
+        if name == "dt":
+            import dt
+            (place / "args.json").write_text(json.dumps(vars(dt.Args())))
+        if name == "render":
+            make = gym.make
+            monkeypatch.setattr(gym, "make", lambda *args, render_mode=None, **kwargs: (
+                1 / 0 if render_mode else make(*args, **kwargs)))
+        with pytest.raises(SystemExit) as stop:
+            watch.main([str(place)])
+        message = capsys.readouterr().err.strip()
+        assert stop.value.code == 2 and part in message and "\n" not in message, message
