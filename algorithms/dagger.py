@@ -15,7 +15,8 @@ Ross, Gordon & Bagnell, AISTATS 2011. https://arxiv.org/abs/1011.0686  (Algorith
     python algorithms/dagger.py --num-seeds 3
 
 Departs from the paper: each round goes on from the weights of the last one, with a fixed number of Adam steps on all of
-D; the last policy is kept, not the best on validation data; a round is a fixed number of steps and begins with a reset.
+D, on observations normalised by D; the last policy is kept, not the best on validation data; a round is a fixed number
+of steps and begins with a reset.
 With --rounds 1 it is behaviour cloning of as many labels: then all of them are of states that the expert came to.
 Shapes: S seeds, B batch, N labels. Each seed has environments and data of its own and they never interact.
 """

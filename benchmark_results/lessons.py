@@ -482,7 +482,7 @@ def bc_diffusion_draw(runs):
         axis.hist(fork_actions(runs[label]).ravel(), bins, density=True, histtype="step", color=color, label=label[6:])
     axis.axvline(fork_actions(runs["fork: bc"]).mean(), color="C3", label="bc.py")
     axis.set(xlabel="sideways velocity chosen at the fork", yticks=[], title=" ")
-    axis.legend(fontsize=8, loc="upper center", framealpha=1)
+    axis.legend(frameon=True, fontsize=8, loc="upper center", framealpha=1)
     final, axis = {}, axes[1, 2]
     for label, color, name in ("hopper: bc", "C3", "bc.py"), ("hopper: diffusion", "C1", "bc_diffusion.py, T = 5"):
         updates, score = zip(*((row["update"], row["score"]) for row in evals(runs[label])))
