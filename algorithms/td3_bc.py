@@ -62,7 +62,8 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(*lead, 1, d_out).uniform_(-bound, bound))
 
     def forward(self, x):  # (*lead, B, d_in) -> (*lead, B, d_out)
-        return x @ self.weight + self.bias
+        one = self.weight.shape[-1] == 1  # column, with which a batched product is slow
+        return ((x * self.weight.mT).sum(-1, keepdim=True) if one else x @ self.weight) + self.bias
 
 
 def mlp(lead, *sizes):
@@ -105,7 +106,7 @@ def actor_loss(actor, critic, batch, args):
     """L_pi = E[ -lambda Q_1(s, pi(s)) + (pi(s) - a)^2 ],  lambda = alpha / E|Q_1(s, pi(s))|"""
     s, a, *_ = batch
     pi = actor(s)
-    q = critic(s, pi)[:, 0]  # (S, B)
+    q = torch.func.functional_call(critic, {k: w[:, :1] for k, w in critic.named_parameters()}, (s, pi))[:, 0]  # Q_1
     lam = args.alpha / q.abs().mean(-1).detach()  # (S,)
     return -lam * q.mean(-1) + (pi - a).square().mean((-2, -1))
 
