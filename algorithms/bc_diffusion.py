@@ -14,7 +14,7 @@ Wang, Hunt & Zhou, ICLR 2023. https://arxiv.org/abs/2208.06193
         a_{t-1} ~ N(c_0 a_0 + c_t a_t, sigma^2),   sigma^2 = beta_t (1 - abar_{t-1}) / (1 - abar_t)
         c_0     = sqrt(abar_{t-1}) beta_t / (1 - abar_t),   c_t = sqrt(alpha_t) (1 - abar_{t-1}) / (1 - abar_t)
 
-    python algorithms/bc_diffusion.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 20000
+    python algorithms/bc_diffusion.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000
 
 Departs from the paper: as in the authors' code a_0 is clipped at every step and sigma^2 is the posterior's, not beta_t.
 The policy is a sampler: evaluation seeds its noise, policy.pt2 draws anew from torch's generator at every call.

@@ -12,7 +12,7 @@ Fujimoto, Conti, Ghavamzadeh & Pineau, 2019. https://arxiv.org/abs/1910.01708
     L_b   = E[ -log b(a|s) ] + 0.01 E[ logits^2 ],   b = softmax of the logits
     pi(s) = argmax_{a in A(s)} Q(s, a)
 
-    python algorithms/bcq_discrete.py --dataset-id lunarlander/mixed-v0 --num-seeds 3 --num-updates 20000
+    python algorithms/bcq_discrete.py --dataset-id lunarlander/mixed-v0 --num-seeds 3 --num-updates 50000
 
 --threshold 0 is double Q-learning, 1 is cloning. Logs q_start, the critic's value where episodes begin: compare it with
 the discounted return in eval.csv.

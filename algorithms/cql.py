@@ -12,7 +12,7 @@ Kumar, Zhou, Tucker & Levine, NeurIPS 2020. https://arxiv.org/abs/2006.04779  Th
     L_pi    = E[ alpha log pi(a|s) - min_i Q_i(s, a) ],   a ~ pi(s)           (7)
     L_alpha = E[ -alpha (log pi(a|s) + H) ],   H = -dim(A)                    (18)
 
-    python algorithms/cql.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 4000 --eval-every 1000
+    python algorithms/cql.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 12000 --eval-every 1000
 
 Logs q_start, the critic's value where episodes begin: compare it with the discounted return in eval.csv.
 Departs from the paper: as in the authors' code no factor 1/2 before the square and no entropy in y; unlike there the

@@ -10,7 +10,7 @@ Kumar, Zhou, Tucker & Levine, NeurIPS 2020. https://arxiv.org/abs/2006.04779
     L_Q   = E[ huber(Q(s, a) - y) + w (log sum_a' exp Q(s, a') - Q(s, a)) ]          (4), CQL(H)
     pi(s) = argmax_a Q(s, a)
 
-    python algorithms/cql_discrete.py --dataset-id lunarlander/mixed-v0 --num-seeds 3 --num-updates 20000
+    python algorithms/cql_discrete.py --dataset-id lunarlander/mixed-v0 --num-seeds 3 --num-updates 50000
 
 The paper's alpha, here w, is --cql-alpha. Logs q_start, the critic's value where episodes begin: compare it with the
 discounted return in eval.csv.

@@ -10,7 +10,7 @@ Mnih et al., Nature 2015. https://www.nature.com/articles/nature14236
     L_Q   = E[ huber(Q(s, a) - y) ]
     pi(s) = argmax_a Q(s, a)
 
-    python algorithms/dqn_offline.py --dataset-id lunarlander/mixed-v0 --num-seeds 3 --num-updates 20000
+    python algorithms/dqn_offline.py --dataset-id lunarlander/mixed-v0 --num-seeds 3 --num-updates 50000
 
 Logs q_start, the critic's value where episodes begin: compare it with the discounted return in eval.csv.
 Departs from the paper: the data is fixed; otherwise as in dqn.py: vectors, two hidden layers, Adam, Polyak averaging.

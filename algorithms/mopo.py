@@ -18,7 +18,7 @@ Then SAC learns from the data and from rollouts of h steps, which begin in the d
     L_pi    = E[ alpha log pi(a|s) - min_j Q_j(s, a) ],   a ~ pi(s)
     L_alpha = E[ -alpha (log pi(a|s) + H) ]
 
-    python algorithms/mopo.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 10000 --model-epochs 30
+    python algorithms/mopo.py --num-seeds 2 --num-updates 30000 --eval-every 2000 --model-epochs 40
 
 Logs q_start, the critic's value where episodes begin, and at each evaluation model_return, what the policy's mode earns
 in the model from there on, without penalty: compare them with eval.csv. The seconds in run.json do not count the fit.

@@ -11,7 +11,7 @@ Haarnoja et al., 2018. https://arxiv.org/abs/1812.05905
     L_pi    = E[ alpha log pi(a|s) - min_i Q_i(s, a) ],   a ~ pi(s)           (7)
     L_alpha = E[ -alpha (log pi(a|s) + H) ],   H = -dim(A)                    (18)
 
-    python algorithms/sac_offline.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 30000
+    python algorithms/sac_offline.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000
 
 Logs q_start, the critic's value where episodes begin: compare it with the discounted return in eval.csv.
 Departs from the paper: the data is fixed; log deviation in [-5, 2] through tanh, as in CleanRL.

@@ -87,7 +87,7 @@ def first_steps(dataset_id, n, path):
 # --- Q against the return that it should predict ---
 def sac_offline_runs(data):
     small = first_steps("hopper/medium-v0", 10_000, data / "hopper-medium-10000.hdf5")
-    return {"100000": "sac_offline.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 30000",
+    return {"100000": "sac_offline.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000",
             "10000": f"sac_offline.py --dataset-id {small} --env-id Hopper-v5 --num-seeds 3 --num-updates 20000"}
 
 
@@ -116,8 +116,8 @@ def sac_offline_draw(runs):
 
 
 def cql_runs(data):
-    return {"sac": "sac_offline.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 30000",
-            "cql": "cql.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 4000 --eval-every 1000"}
+    return {"sac": "sac_offline.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000",
+            "cql": "cql.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 12000 --eval-every 1000"}
 
 
 def cql_draw(runs):
@@ -286,7 +286,7 @@ def dt_draw(runs):
 
 
 # --- a threshold between Q-learning and cloning, and discrete methods on the same data ---
-BCQ_THRESHOLDS = {"mixed": ("0", "0.1", "0.3", "0.5", "1"), "half": ("0", "0.3", "1")}
+BCQ_THRESHOLDS = "0", "0.1", "0.3", "0.5", "1"
 LANDER_SETS = {"mixed": "the shipped set", "half": "its half-trained episodes alone"}
 
 
@@ -323,15 +323,15 @@ def lately(table, key, n=2):
 
 def bcq_discrete_runs(data):
     return {f"{part} {t}": f"bcq_discrete.py --threshold {t} {flags} --num-updates 20000"
-            for part, flags in lander_sets(data).items() for t in BCQ_THRESHOLDS[part]}
+            for part, flags in lander_sets(data).items() for t in BCQ_THRESHOLDS}
 
 
 def bcq_discrete_draw(runs):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharex=True, layout="constrained")
-    ticks, found = BCQ_THRESHOLDS["mixed"], {}
+    found = {}
     lander_lines(axes[0])
     for color, (part, title) in zip(("C0", "C1"), LANDER_SETS.items()):
-        x, some = zip(*((ticks.index(t), runs[f"{part} {t}"]) for t in BCQ_THRESHOLDS[part]))
+        x, some = range(len(BCQ_THRESHOLDS)), [runs[f"{part} {t}"] for t in BCQ_THRESHOLDS]
         found[part] = [lately(evals(run), "return_mean") for run in some]
         q = [lately(losses(run, "q_start"), "value") for run in some]
         g = [lately(evals(run), "discounted_return_mean") for run in some]
@@ -344,9 +344,9 @@ def bcq_discrete_draw(runs):
     axes[1].set(ylabel="discounted value")
     for axis in axes:
         axis.legend(fontsize=7)
-        axis.set(xlabel="threshold: 0 is Q-learning, 1 is cloning", xticks=range(len(ticks)), xticklabels=ticks)
+        axis.set(xlabel="threshold: 0 is Q-learning, 1 is cloning", xticks=range(5), xticklabels=BCQ_THRESHOLDS)
     return figure, "; ".join(
-        f"{title}: " + ", ".join(f"{np.mean(v):.0f} at {t}" for t, v in zip(BCQ_THRESHOLDS[part], found[part]))
+        f"{title}: " + ", ".join(f"{np.mean(v):.0f} at {t}" for t, v in zip(BCQ_THRESHOLDS, found[part]))
         for part, title in LANDER_SETS.items()) + " (return against threshold)"
 
 
@@ -412,7 +412,7 @@ def bc_diffusion_runs(data):
         file["next_observations"] = obs + actions
     shape = (f"--dataset-id {data / 'fork.hdf5'} --eval-episodes 0 --num-seeds 3 --num-updates 5000 --hidden-dim 64 "
              "--learning-rate 1e-3")
-    hopper = "--dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 20000"
+    hopper = "--dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000"
     return {"fork: bc": f"bc.py {shape}", "fork: T = 5": f"bc_diffusion.py {shape}",
             "fork: T = 20": f"bc_diffusion.py {shape} --diffusion-steps 20",
             "hopper: bc": f"bc.py {hopper}", "hopper: diffusion": f"bc_diffusion.py {hopper}"}
@@ -500,8 +500,8 @@ def bc_diffusion_draw(runs):
 
 # --- a policy that pleases its model ---
 def mopo_runs(data):
-    return {str(value): "mopo.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 10000 --eval-every 1000 "
-                        f"--model-epochs 30 --penalty {value}" for value in (0, 5)}
+    return {str(value): "mopo.py --num-seeds 2 --num-updates 20000 --eval-every 1000 --model-epochs 40 --horizon 100 "
+                        f"--rollout-batch 2500 --penalty {value}" for value in (0, 5)}
 
 
 def mopo_draw(runs):

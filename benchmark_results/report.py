@@ -35,7 +35,8 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {  # in the order of rows and colours; other labels follow as they are
     "bc": "BC", "td3_bc": "TD3+BC", "iql": "IQL", "cql": "CQL", "sac_offline": "SAC offline", "dt": "DT",
-    "mopo": "MOPO", "bc_diffusion": "Diffusion BC", "dagger": "DAgger", "dqn_offline": "DQN offline",
+    "mopo": "MOPO", "mopo_h100": "MOPO, h = 100", "bc_diffusion": "Diffusion BC", "dagger": "DAgger",
+    "dqn_offline": "DQN offline",
     "bcq_discrete": "BCQ (discrete)", "cql_discrete": "CQL (discrete)", "bcq_tabular": "BCQ (tabular)"}
 RAW = "args.json", "run.json", "eval.csv"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"

@@ -5,7 +5,8 @@
     python benchmark_results/speed.py --report               # only writes SPEED.md anew, from the CSVs
 
 One process and, on a CPU, one thread. What is compared alternates, round after round, and the medians are kept.
-`floor` replays the matrix products of one update, recorded as they pass, into memory that is already there.
+`floor` replays the matrix products of one update, recorded as they pass, into memory that is already there; the last
+layer of a critic, one column, is none.
 `control` is TD3+BC with two nn.Linear critics, an optimiser for each network, indices from NumPy, .item() at each step.
 Writes benchmark_results/speed/<device>.csv and benchmark_results/SPEED.md.
 """

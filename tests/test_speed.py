@@ -33,8 +33,8 @@ def test_the_floor_replays_every_product_of_an_update():
     _, agent = speed.make("td3_bc", 1, "cpu")
     with speed.Record() as record:
         agent.update()
-    forward = 2 * (3 + 3 + 3) + (3 + 3)  # actor', critic', critic, twice; actor and critic
-    backward = 2 * (3 + 2) + (3 + 3 + 2)  # weights and inputs of the critic; inputs of the critic; the actor's both
+    forward = 2 * (3 + 2 + 2) + (3 + 2)  # actor', critic', critic, twice; actor and critic; Q is a sum, no product
+    backward = 2 * (2 + 1) + (2 + 3 + 2)  # weights and inputs of the critic; inputs of the critic; the actor's both
     assert len(record.calls) == forward + backward
     for product, x, y, out in record.calls:
         torch.testing.assert_close(product(x, y), product(x, y, out=out))
