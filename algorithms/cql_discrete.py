@@ -7,15 +7,16 @@
 Kumar, Zhou, Tucker & Levine, NeurIPS 2020. https://arxiv.org/abs/2006.04779
 
     y     = r + gamma (1 - d) Q'(s', argmax_a' Q(s', a'))
-    L_Q   = E[ huber(Q(s, a) - y) + w (log sum_a' exp Q(s, a') - Q(s, a)) ]          (4), CQL(H)
+    L_Q   = E[ (Q(s, a) - y)^2 / 2 + w (log sum_a' exp Q(s, a') - Q(s, a)) ]         (4), CQL(H)
     pi(s) = argmax_a Q(s, a)
 
     python algorithms/cql_discrete.py --dataset-id lunarlander/mixed-v0 --num-seeds 3 --num-updates 50000
 
 The paper's alpha, here w, is --cql-alpha. Logs q_start, the critic's value where episodes begin: compare it with the
 discounted return in eval.csv.
-Departs from the paper: the learner is double DQN (van Hasselt et al. 2016) with Huber loss, on vectors; the authors'
-code, for Atari, has QR-DQN, whose target takes the target network's best action.
+Departs from the paper: the learner is double DQN (van Hasselt et al. 2016), on vectors; the authors' code, for Atari,
+has QR-DQN, whose target takes the target network's best action. The squared error is the paper's: Huber's, usual for
+DQN, pulls by 1 at most, and where rewards are not clipped the regulariser outweighs it and Q falls without end.
 Shapes: S seeds, B batch, A actions, N transitions. The S seeds train side by side and never interact.
 """
 import copy
@@ -23,7 +24,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 
 @dataclass
@@ -99,14 +99,14 @@ def chosen(q, a):  # of (S, B, A) the actions a (S, B)
 
 # --- losses: each returns one value per seed, (S,) ---
 def critic_loss(critic, critic_target, batch, args):
-    """L_Q = E[ huber(Q(s, a) - y) + w (log sum_a' exp Q(s, a') - Q(s, a)) ],  y = r + gamma (1 - d) Q'(s', a')"""
+    """L_Q = E[ (Q(s, a) - y)^2 / 2 + w (log sum_a' exp Q(s, a') - Q(s, a)) ],  y = r + gamma (1 - d) Q'(s', a')"""
     s, a, r, s_next, d = batch
     with torch.no_grad():
         a_next = critic(s_next).argmax(-1)
         y = r + args.gamma * (1 - d) * chosen(critic_target(s_next), a_next)  # (S, B)
     q_all = critic(s)  # (S, B, A)
     q = chosen(q_all, a)
-    return (F.smooth_l1_loss(q, y, reduction="none") + args.cql_alpha * (q_all.logsumexp(-1) - q)).mean(-1)
+    return (0.5 * (q - y).square() + args.cql_alpha * (q_all.logsumexp(-1) - q)).mean(-1)
 
 
 # --- agent ---
