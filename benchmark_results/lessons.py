@@ -59,9 +59,9 @@ def curve(axis, table, key, scale=1, **style):
     axis.fill_between(x, [np.min(v) for v in y], [np.max(v) for v in y], color=line.get_color(), alpha=0.2, lw=0)
 
 
-def last(table, key):
-    """Mean over seeds at the last update."""
-    end = max(row["update"] for row in table)
+def last(table, key, end=None):
+    """Mean over seeds at update `end`, by default the last one."""
+    end = end or max(row["update"] for row in table)
     return float(np.mean([row[key] for row in table if row["update"] == end]))
 
 
@@ -99,9 +99,9 @@ def q_and_returns(runs, titles):
         above.set(yscale="symlog", title=titles[label])
         curve(below, evals(run), "return_mean", color="C2", label="return of an episode")
         below.axhline(returns("hopper/medium-v0").mean(), color="0.4", ls="--", label="its mean in the data")
-        below.set(xlabel="updates", xlim=(0, None), ylim=(-20, None))
+        below.set(xlabel="updates", xlim=(0, None))
     axes[0, 0].set_ylabel("discounted (symmetric log)")
-    axes[1, 0].set_ylabel("not discounted")
+    axes[1, 0].set(ylabel="not discounted", ylim=(-20, None))
     handles, labels = map(sum, zip(*(axis.get_legend_handles_labels() for axis in axes[:, 0])), ([], []))
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
@@ -109,10 +109,10 @@ def q_and_returns(runs, titles):
 
 def sac_offline_draw(runs):
     figure = q_and_returns(runs, {label: f"{int(label):,} transitions of Hopper medium" for label in runs})
-    return figure, "; ".join(
-        f"with {int(label):,} transitions the critic expects {last(losses(run, 'q_start'), 'value'):.3g} and the policy "
-        f"gets {last(evals(run), 'discounted_return_mean'):.0f} (undiscounted {last(evals(run), 'return_mean'):.0f})"
-        for label, run in runs.items())
+    end = min(max(row["update"] for row in evals(run)) for run in runs.values())
+    return figure, f"after {end:,.0f} updates " + "; ".join(
+        f"with {int(label):,} transitions the critic expects {last(losses(run, 'q_start'), 'value', end):.3g} and the policy "
+        f"gets {last(evals(run), 'discounted_return_mean', end):.0f}" for label, run in runs.items())
 
 
 def cql_runs(data):
@@ -122,10 +122,11 @@ def cql_runs(data):
 
 def cql_draw(runs):
     figure = q_and_returns(runs, {"sac": "SAC offline", "cql": "CQL, the same data"})
-    q, g, end = last(losses(runs["cql"], "q_start"), "value"), last(evals(runs["cql"]), "discounted_return_mean"), 4000
-    naive = np.mean([row["value"] for row in losses(runs["sac"], "q_start") if row["update"] == end])
-    return figure, (f"after {end:,} updates CQL's critic expects {q:.0f}, {'below' if q < g else 'above'} the {g:.0f} that its "
-                    f"policy gets; SAC's expects {naive:.0f} by then, and never gets more than 5")
+    end, expected = evals(runs["cql"])[-1]["update"], {x: losses(runs[x], "q_start") for x in runs}
+    q, g = last(expected["cql"], "value"), last(evals(runs["cql"]), "discounted_return_mean")
+    naive = last(expected["sac"], "value", end)
+    return figure, (f"after {end:,.0f} updates CQL's critic expects {q:.0f}, {'below' if q < g else 'above'} the {g:.0f} that "
+                    f"its policy gets; SAC's expects {naive:,.0f} by then, and never gets more than 5")
 
 
 # --- a batch on a finite MDP ---
@@ -356,12 +357,13 @@ LANDER_METHODS = {
 
 
 def cql_discrete_runs(data):
-    return {f"{part} {label}": f"{command} {flags} --num-updates 20000"
+    updates = {"mixed": 50000, "half": 20000}
+    return {f"{part} {label}": f"{command} {flags} --num-updates {updates[part]}"
             for part, flags in lander_sets(data).items() for label, (_, command) in LANDER_METHODS.items()}
 
 
 def cql_discrete_draw(runs):
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, sharey="row", layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex="col", sharey="row", layout="constrained")
     for (part, title), (above, below) in zip(LANDER_SETS.items(), axes.T):
         lander_lines(above)
         for i, (label, (name, _)) in enumerate(LANDER_METHODS.items()):
@@ -371,7 +373,7 @@ def cql_discrete_draw(runs):
                 curve(below, losses(run, "q_start"), "value", color=f"C{i}", label=f"{name}: $Q(s_0, \\pi(s_0))$")
                 curve(below, evals(run), "discounted_return_mean", color=f"C{i}", ls="--", label="discounted return")
         above.set(title=title, ylim=(-500, 310))
-        below.set(xlabel="updates", ylim=(-150, 100))
+        below.set(xlabel="updates", ylim=(-150, 135))
     axes[0, 0].set_ylabel("return of an episode")
     axes[1, 0].set_ylabel("discounted value")
     axes[0, 1].legend(fontsize=7, loc="lower right")
@@ -500,7 +502,7 @@ def bc_diffusion_draw(runs):
 
 # --- a policy that pleases its model ---
 def mopo_runs(data):
-    return {str(value): "mopo.py --num-seeds 2 --num-updates 20000 --eval-every 1000 --model-epochs 40 --horizon 100 "
+    return {str(value): "mopo.py --num-seeds 2 --num-updates 15000 --eval-every 1000 --model-epochs 30 --horizon 100 "
                         f"--rollout-batch 2500 --penalty {value}" for value in (0, 5)}
 
 
