@@ -16,9 +16,10 @@ Kill it at any moment and start it again: the result is the same set of files. C
 and leave; a second one kills them. If this process dies first, they save (Linux) or go on (elsewhere), and a lock
 that they inherit makes the next start wait for them. A failed cell does not stop the others; the status is then 1.
 
-A cell trains with one thread; its evaluation, mostly one process at a time, comes on top. On a Ray cluster it takes one
-GPU if there is any, else one CPU, and is resumed on another worker if its own dies: the repository has to be at the
-same path on every node, in a file system that they share and that can lock files.
+A cell trains with one thread; its evaluation, mostly one process at a time, comes on top. Two variables keep glibc from
+handing large blocks back after every update (MEMORY), which costs CQL with several seeds most of its time on a CPU. On a
+Ray cluster a cell takes one GPU if there is any, else one CPU, and is resumed on another worker if its own dies: the
+repository has to be at the same path on every node, in a file system that they share and that can lock files.
 """
 import argparse, ast, fcntl, json, os, queue, re, shlex, shutil, signal, socket, subprocess, sys, time, tomllib
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT = "args.json", "run.json", "eval.csv"
 FREE = "out_dir", "resume", "device", "eval_workers", "track", "wandb_project_name"  # flags that shape no result
 THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}  # glibc keeps what an update frees
 # Becomes the command that follows it, to which Linux then sends SIGTERM when its parent dies.
 GUARD = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 STOP = []  # the signals that have arrived
@@ -189,7 +191,7 @@ def run_cell(cell, env={}):
             log.flush()
             start, guard = log.tell(), [sys.executable, "-c", GUARD] * (sys.platform == "linux")
             status = end_of(subprocess.Popen(
-                [*guard, sys.executable, *words[1:]], cwd=ROOT, env={**os.environ, **THREADS, **env},
+                [*guard, sys.executable, *words[1:]], cwd=ROOT, env={**MEMORY, **os.environ, **THREADS, **env},
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 pass_fds=[lock.fileno()], start_new_session=True))  # Ctrl-C is passed on by end_of alone
             run, done = find_run(cell)

@@ -68,7 +68,7 @@ write("args.json", json.dumps({**vars(args), "resume": ""}, indent=1))
 update, x, rows = json.loads((run / "checkpoint.pt").read_text()) if resume else (0, 1, [])
 signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number) or signal.signal(number, signal.SIG_DFL))
 note(Path(args.out_dir).name, update, os.getpid(), os.getppid(), os.environ.get("CUDA_VISIBLE_DEVICES"),
-     os.environ["OMP_NUM_THREADS"], time.time())
+     os.environ["OMP_NUM_THREADS"], time.time(), os.environ.get("MALLOC_MMAP_MAX_"))
 while update < args.num_updates:
     time.sleep(args.delay)
     update, x = update + 1, (x * 7 + update) % 1009
@@ -117,7 +117,8 @@ class Grid:
         return process.returncode, out, err
 
     def trace(self):
-        """What toy.py noted: label, first update, pid, parent, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS, time."""
+        """What toy.py noted: label, first update, pid, parent, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS, time,
+        MALLOC_MMAP_MAX_."""
         path = self.folder / "trace"
         return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -229,7 +230,7 @@ def test_workers_share_devices_and_take_one_thread_each(tmp_path):
     grid = Grid(tmp_path / "x", *["--delay 0.05"] * 3)
     assert grid.run("--devices", "3,5")[0] == 0
     rows = grid.trace()
-    assert [row[5] for row in rows] == ["1"] * 3
+    assert [row[5] for row in rows] == ["1"] * 3 and [row[7] for row in rows] == ["0"] * 3
     assert sorted(row[4] for row in rows[:2]) == ["3", "5"] and rows[2][4] in ("3", "5")
     begun = [float(row[6]) for row in rows]
     assert begun[1] - begun[0] < 1 <= begun[2] - begun[0]  # a cell takes a second: two at a time, no third
