@@ -5,7 +5,8 @@
 
 A cell is a directory DATASET/LABEL/ beside this file with a run's args.json, run.json and eval.csv. Its result is the
 last evaluation of every seed, its budget the update of that evaluation; label, budget and seeds name its row.
-notes.toml explains cells by hand: "hopper/medium-v0/iql" = "A sentence." stands beside the table.
+notes.toml explains cells by hand: "hopper/medium-v0/iql" = "A sentence." stands beside the table. DATASET/data.json keeps
+the mean return of the data, for clones that do not have the set; it is written where the set is there and the file is not.
 
 Interval of a cell: Student's t over seeds. With three seeds it is wide; a bootstrap of three numbers is too narrow.
 Aggregates (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264): interquartile mean of all runs, fraction of runs
@@ -19,6 +20,7 @@ made within groups of two members or more: nothing crosses from one budget on a 
 import argparse
 import csv
 import json
+import re
 import sys
 import textwrap
 import tomllib
@@ -161,16 +163,23 @@ def read_all():
     return sorted(cells, key=lambda cell: (-cell.size, cell.budget, cell.order, -cell.seeds, cell.dataset))
 
 
+def beside(dataset):
+    return ROOT / "benchmark_results" / re.sub(r"[^\w.-]+", "-", dataset) / "data.json"
+
+
 def of_data(dataset):
-    """Mean return of the episodes of a set that ships, and its score; NaN without the set, without references."""
-    folder = ROOT / "datasets" / dataset / "data"
+    """Transitions, episodes, mean return and its score: from data.json beside the cells, else from the set; {} without."""
+    folder, kept = ROOT / "datasets" / dataset / "data", beside(dataset)
+    if kept.exists():
+        return load(kept, json.loads, "return_mean", "score")
     if not (folder / "main_data.hdf5").exists():
-        return np.nan, np.nan
+        return {}
     with h5py.File(folder / "main_data.hdf5") as file:
-        mean = np.mean([np.sum(episode["rewards"]) for episode in file.values()])
-    known = json.loads((folder / "metadata.json").read_text())
+        rewards = [episode["rewards"][:] for episode in file.values()]
+    mean, known = float(np.mean([np.sum(x) for x in rewards])), json.loads((folder / "metadata.json").read_text())
     low, high = known.get("ref_min_score", np.nan), known.get("ref_max_score", np.nan)
-    return mean, 100 * (mean - low) / (high - low)
+    score = round(100 * (mean - low) / (high - low), 3) if np.isfinite(high - low) else None
+    return {"transitions": sum(map(len, rewards)), "episodes": len(rewards), "return_mean": round(mean, 3), "score": score}
 
 
 def groups(cells):
@@ -355,7 +364,12 @@ def main(argv=None):
     check, plots, cells = parser.parse_args(argv).check, ROOT / "benchmark_results" / "plots", read_all()
     if not cells:
         fail(f"{plots.parent} holds no results")
-    data = {cell.dataset: of_data(cell.dataset) for cell in cells}
+    data = {}
+    for dataset in {cell.dataset: None for cell in cells}:
+        facts = of_data(dataset)
+        if facts and not check and not beside(dataset).exists():
+            beside(dataset).write_text(json.dumps(facts, indent=1) + "\n")
+        data[dataset] = np.array([facts.get("return_mean"), facts.get("score")], float).tolist()
     for path, text in texts(cells, data).items():
         if check and not (path.exists() and path.read_text() == text):
             fail(f"{path} is not what the raw files give: run python benchmark_results/report.py", 1)

@@ -3,6 +3,7 @@ import csv
 import importlib.util
 import itertools
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,6 +179,22 @@ def test_the_data_are_the_first_row(root):
     assert remark in (root / "benchmark_results" / "REPORT.md").read_text() and remark not in (root / "README.md").read_text()
 
 
+def test_the_data_are_remembered_where_the_set_is_not(root, capsys):
+    put_data(root, "a/b-v0", [-10, -10], ref_min_score=-10, ref_max_score=90)
+    put(root, "a/b-v0", "bc", [31, 32, 33])
+    report.main([])
+    facts = root / "benchmark_results" / "a-b-v0" / "data.json"
+    assert json.loads(facts.read_text()) == {"transitions": 4, "episodes": 2, "return_mean": -10, "score": 0}
+    shutil.rmtree(root / "datasets")
+    report.main(["--check"])
+    put_data(root, "a/b-v0", [5, 5], ref_min_score=-10, ref_max_score=90)  # recorded anew: the cells are of the old one
+    report.main(["--check"])
+    assert rows(root)["mean of the data"] == ["0.0"]
+    capsys.readouterr()
+    facts.write_text('{"score": 0}')
+    assert "data.json cannot be used (no return_mean in it)" in refused(capsys, 2)
+
+
 def test_flags_and_notes(root):
     put(root, "d-v0", "bc", [50, 52, 54])
     put(root, "d-v0", "iql", [60.0, 60.1, 60.2])
@@ -349,6 +366,13 @@ def test_it_writes_texts_and_plots_and_sees_what_is_out_of_date(root, capsys, mo
 # --- the committed results ---
 def test_readme_and_report_are_what_the_committed_files_give():
     report.main(["--check"])
+
+
+def test_the_facts_of_the_data_are_those_of_the_sets_that_ship(monkeypatch):
+    kept = {cell.dataset: report.of_data(cell.dataset) for cell in report.read_all()}
+    monkeypatch.setattr(report, "beside", lambda dataset: ROOT / "nowhere")
+    for dataset in ("hopper/medium-replay-v0", "hopper/medium-v0", "lunarlander/mixed-v0"):
+        assert report.of_data(dataset) == kept[dataset] != {}, dataset
 
 
 def test_the_data_are_scored_as_the_runs():
