@@ -24,6 +24,7 @@ import re
 import sys
 import textwrap
 import tomllib
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -228,7 +229,7 @@ def flags(cell, cells, mean_of_data):
 
 def scores(cells, data, notes):
     """The table of methods and datasets, with what there is to say about its cells."""
-    absent, remarks = dict.fromkeys(sorted(data), ABSENT), []
+    absent, remarks = dict.fromkeys(data, ABSENT), []
     rows = {"mean of the data": absent.copy()}
     for cell in cells:
         mean, mark = data[cell.dataset][cell.scored], ""
@@ -320,7 +321,7 @@ def line(axis, x, mean, low, high, order, **more):
 
 
 def draw_curves(cells, data):
-    own = {dataset: [cell for cell in cells if cell.dataset == dataset] for dataset in sorted(data)}
+    own = {dataset: [cell for cell in cells if cell.dataset == dataset] for dataset in data}
     rows, height = -(-len(own) // 2), 3.0 + 0.17 * max(map(len, own.values()))
     figure, axes = plt.subplots(rows, 2, figsize=(8.4, height * rows), layout="constrained", squeeze=False)
     for axis in axes.flat[len(own):]:
@@ -364,8 +365,8 @@ def main(argv=None):
     check, plots, cells = parser.parse_args(argv).check, ROOT / "benchmark_results" / "plots", read_all()
     if not cells:
         fail(f"{plots.parent} holds no results")
-    data = {}
-    for dataset in {cell.dataset: None for cell in cells}:
+    data, size = {}, Counter(cell.dataset for cell in cells)
+    for dataset in sorted(size, key=lambda x: (-size[x], x)):  # the datasets of most methods first
         facts = of_data(dataset)
         if facts and not check and not beside(dataset).exists():
             beside(dataset).write_text(json.dumps(facts, indent=1) + "\n")

@@ -145,10 +145,10 @@ def test_cells_of_scores_returns_and_single_seeds(root):
     put(root, "Big-v1", "mine", [1233.7, 1233.7], scored=False)
     report.main([])
     table = rows(root)
-    assert table[""] == ["`Big-v1`", "`Lake-v1`", "`a/b-v0`"]
-    assert table["TD3+BC, 1,000 updates, 3 seeds"] == ["–", "–", "2.0 ± 2.5 <sup>1</sup>"]  # the last, not the best
-    assert table["one, 1,000 updates, 1 seed"] == ["–", "–", "7.3"]
-    assert table["mine, 1,000 updates, 2 seeds"] == ["return 1234 ± 0 <sup>2</sup>", "return 0.550 ± 0.635", "–"]
+    assert table[""] == ["`a/b-v0`", "`Big-v1`", "`Lake-v1`"]  # the datasets of most methods first
+    assert table["TD3+BC, 1,000 updates, 3 seeds"] == ["2.0 ± 2.5 <sup>1</sup>", "–", "–"]  # the last, not the best
+    assert table["one, 1,000 updates, 1 seed"] == ["7.3", "–", "–"]
+    assert table["mine, 1,000 updates, 2 seeds"] == ["–", "return 1234 ± 0 <sup>2</sup>", "return 0.550 ± 0.635"]
     assert table["mean of the data"] == ["–", "–", "–"]
     text = " ".join((root / "README.md").read_text().split())
     for part in ("10 episodes per seed", "A single seed has none.", "the cell is a return", "– is absent"):
