@@ -4,7 +4,7 @@
     python benchmark_results/watch.py RUN_DIR --seeds 0 --steps 400 --every 4 --width 240
 
 Writes RUN_DIR/watch-0.gif, watch-1.gif, ... Without a display MuJoCo renders by EGL; MUJOCO_GL=osmesa is its renderer in
-software. A Decision Transformer, whose policy looks back, and tables cannot be watched.
+software. A Decision Transformer is asked for the return that its evaluations ask for. Tables cannot be watched.
 """
 import argparse
 import json
@@ -30,14 +30,14 @@ def fail(message):
 
 
 def task_of(folder):
-    """The module of a run's method and the Task that it acted in."""
+    """The module of a run's method, the Task that it acted in, and the steps that its policy sees, 0 for the last alone."""
     try:
         flags = json.loads((folder / "args.json").read_text())
         module = import_module(json.loads((folder / "run.json").read_text())["method"])
         args = module.Args(**{**flags, "device": "cpu"})
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         fail(f"{folder} is no directory of a finished run: {error}")
-    if module.METHOD == "dt" or not hasattr(module, "Task"):
+    if not hasattr(module, "Task"):
         fail(f"the policy of {module.METHOD} cannot be watched")
     dataset = None
     if hasattr(module, "find") and not args.dataset_id.endswith(".hdf5"):
@@ -45,7 +45,7 @@ def task_of(folder):
     task = module.Task(args, dataset)
     if task.spec is None:
         fail(f"{folder}: the data names no environment, and --env-id was not given")
-    return module, task
+    return module, task, getattr(args, "context", 0)
 
 
 def renderer(spec):
@@ -62,9 +62,26 @@ def renderer(spec):
     fail(f"nothing renders {spec.id} here ({problem!r}): install EGL or OSMesa, and say which with MUJOCO_GL")
 
 
-def play(policy, k, module, task, env, options):
+def acting(policy, k, task, context):
+    """A function from an observation (obs_dim,), the return so far and the step to the action of agent k. With a context
+    it is a Decision Transformer's, which sees its last steps."""
+    window = []  # a step: what of the return is still to come, observation, action, time
+
+    @torch.no_grad()
+    def act(obs, earned, t):
+        if not context:
+            return policy(torch.from_numpy(obs)[None])[k, 0].numpy()
+        step = [policy.target - earned, torch.from_numpy(obs), torch.zeros(task.act_dim), torch.tensor(t)]
+        window[:] = [*window, step][-context:]
+        step[2] = policy(*(torch.stack(x)[None] for x in zip(*window)))[k, 0]
+        return step[2].numpy()
+
+    return act
+
+
+def play(act, k, module, task, env, options):
     """Frames of one episode of seed k, and its return."""
-    frames, total, over = [], 0.0, False
+    frames, total = [], 0.0
     obs, _ = env.reset(seed=options.seed)
     for t in range(options.steps):
         if t % options.every == 0:
@@ -74,9 +91,7 @@ def play(policy, k, module, task, env, options):
             frame.paste(picture)
             ImageDraw.Draw(frame).text((6, picture.height + 3), f"seed {k}   step {t}   return {total:.0f}", fill="black")
             frames.append(frame)
-        with torch.no_grad():
-            action = policy(torch.from_numpy(module.flat(obs, task.obs_space)).unsqueeze(0))[k, 0].numpy()
-        obs, reward, terminated, truncated, _ = env.step(action)
+        obs, reward, terminated, truncated, _ = env.step(act(module.flat(obs, task.obs_space), total, t))
         total += float(reward)
         if terminated or truncated:
             break
@@ -94,10 +109,12 @@ def main(words=None):
     options = parser.parse_args(words)
     if min(options.steps, options.every, options.width) < 1:
         parser.error("--steps, --every and --width have to be at least 1")
-    module, task = task_of(options.run)
+    module, task, context = task_of(options.run)
     try:
         policy = torch.export.load(options.run / "policy.pt2").module()
-        seeds = range(len(policy(torch.zeros(1, task.obs_dim))))
+        obs, action = torch.zeros(1, task.obs_dim), torch.zeros(1, 1, task.act_dim)
+        past = torch.zeros(1, 1), obs[None], action, torch.zeros(1, 1, dtype=torch.long)
+        seeds = range(len(policy(*past) if context else policy(obs)))
     except Exception as error:
         fail(f"{options.run / 'policy.pt2'} cannot be played: {error}")
     if unknown := set(options.seeds or []) - set(seeds):
@@ -106,7 +123,7 @@ def main(words=None):
     fps = env.metadata.get("render_fps", 50) / options.every
     for k in options.seeds or seeds:
         torch.manual_seed(options.seed)
-        frames, total = play(policy, k, module, task, env, options)
+        frames, total = play(acting(policy, k, task, context), k, module, task, env, options)
         path = options.run / f"watch-{k}.gif"
         frames = [frame.quantize(64) for frame in frames]
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=max(20, round(1000 / fps)), loop=0)

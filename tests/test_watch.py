@@ -1,12 +1,15 @@
 """watch.py writes a GIF of each seed whose return is the environment's, or says in a sentence why not."""
 import importlib.util
 import json
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
-from conftest import small
+from conftest import record, small
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +39,36 @@ def test_a_gif_of_each_seed_with_the_return_of_the_episode(folder, capsys):
     assert len(said) == 2
 
 
+class Exported:
+    """A Decision Transformer's policy.pt2 as dt.evaluate wants it, which asks with one episode for each agent."""
+
+    def __init__(self, folder, context):
+        self.made = folder, context
+        program = torch.export.load(folder / "policy.pt2").module()
+        self.target, self.shift, self.call, self.policy = program.target, program.shift, program, SimpleNamespace(context=context)
+
+    def __reduce__(self):
+        return Exported, self.made
+
+    def __call__(self, *steps):  # (S, 1, T, .)
+        return torch.stack([self.call(*(x[k] for x in steps))[k] for k in range(2)])
+
+
+def test_a_decision_transformer_sees_its_last_steps_and_what_is_still_to_come(tmp_path, capsys):
+    import dt
+
+    data = record(tmp_path / "pendulum", "Pendulum-v1", 450)
+    folder = dt.main(small("dt", data, tmp_path, num_seeds=2, num_updates=20, batch_size=8, context=4, num_layers=1))
+    watch.main([str(folder), "--every", "50", "--width", "60", "--seed", "3"])
+    spec = pickle.dumps(gym.spec("Pendulum-v1"))
+    policy, episodes = pickle.dumps(Exported(folder, 4)), np.full((2, 1), 3)
+    obs_space = gym.make("Pendulum-v1").observation_space
+    rows = dt.evaluate(policy, spec, obs_space, 20, episodes, [True, True], 0.99, (0, 1))
+    for line, row in zip(capsys.readouterr().out.splitlines()[-2:], rows):
+        assert float(line.split("return ")[1].split(",")[0]) == pytest.approx(row[3], abs=0.1)
+    assert rows[0][3] != rows[1][3]
+
+
 @pytest.mark.parametrize("words, part", [(["--seeds", "7"], "--seeds 7"), (["--steps", "0"], "--steps")])
 def test_wrong_flags(words, part, folder, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -44,7 +77,7 @@ def test_wrong_flags(words, part, folder, capsys):
 
 
 def test_what_cannot_be_watched_is_told(folder, tmp_path, capsys, monkeypatch):
-    for name, change, part in (("none", None, "no directory of a finished run"), ("dt", {"method": "dt"}, "cannot be watched"),
+    for name, change, part in (("none", None, "no directory of a finished run"), ("table", {"method": "bcq_tabular"}, "cannot be watched"),
                                ("render", {}, "nothing renders CartPole-v1 here")):
         place = tmp_path / name
         place.mkdir()
@@ -53,9 +86,9 @@ def test_what_cannot_be_watched_is_told(folder, tmp_path, capsys, monkeypatch):
                 (place / file).write_bytes((folder / file).read_bytes())
             about = json.loads((place / "run.json").read_text())
             (place / "run.json").write_text(json.dumps({**about, **change}))
-        if name == "dt":
-            import dt
-            (place / "args.json").write_text(json.dumps(vars(dt.Args())))
+        if name == "table":
+            import bcq_tabular
+            (place / "args.json").write_text(json.dumps(vars(bcq_tabular.Args())))
         if name == "render":
             make = gym.make
             monkeypatch.setattr(gym, "make", lambda *args, render_mode=None, **kwargs: (
