@@ -140,7 +140,7 @@ class Agent:
         self.modules = {"critic": self.critic, "critic_target": self.critic_target, "behaviour": self.behaviour}
         self.optimizers = {"critic": self.critic_opt, "behaviour": self.behaviour_opt}
         first = data.episode.diff(prepend=data.episode[:1] - 1).nonzero().flatten()
-        self.start = data.obs[first[: args.batch_size]].expand(S, -1, -1)  # where episodes begin
+        self.start = data.obs[first[:: -(-len(first) // 64)]].expand(S, -1, -1)  # where at most 64 episodes begin
 
     def update(self):
         args, batch = self.args, sample(self.data, self.args)
@@ -430,9 +430,10 @@ def check(args):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
     for name, value in vars(args).items():
         least = name not in ("seed", "eval_episodes", "eval_workers")
-        fraction = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
+        one = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
+        real = one or name in ("alpha", "beta", "cql_alpha", "cql_target_gap", "penalty") and value is not None
         if (type(value) is int and type(getattr(Args, name)) is not float and not least <= value < 2**63
-                or fraction and not 0 <= value <= 1 or name.endswith(("_lr", "_rate")) and not value > 0):
+                or real and not 0 <= value <= (1 if one else 1e9) or name.endswith(("_lr", "_rate")) and not value > 0):
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     cuda = torch.cuda.is_available()
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
@@ -568,8 +569,7 @@ class Run:
             part.write_bytes(content if isinstance(content, bytes) else content.encode())
             part.replace(self.dir / name)
         except OSError as error:
-            if os.path.exists(part):
-                part.unlink()
+            os.path.exists(part) and part.unlink()
             end = self.close if hasattr(self, "bar") else fail
             end(f"{self.dir / name} cannot be written ({error}); what was there before is kept", 2)
 

@@ -11,7 +11,7 @@ Fujimoto, Meger & Precup, ICML 2019. https://arxiv.org/abs/1812.02900
     Q(s, a) <- (1 - alpha) Q(s, a) + alpha E[y],  (s, a) in B,  E over M_B
     pi(s)   = arg max_{a: (s, a) in B} Q(s, a)
 
-    python algorithms/bcq_tabular.py --env-id FrozenLake-v1 --slip 0.667 --num-episodes 30 --num-seeds 100
+    python algorithms/bcq_tabular.py --env-id FrozenLake-v1 --slip 0.6666667 --num-episodes 30 --num-seeds 100
 
 If the MDP is deterministic and the batch holds whole episodes, Q is the true value of pi; logged as q_start, compare
 it with the discounted return in eval.csv. If chance plays a part, it may carry pi to states where B holds nothing;
@@ -31,7 +31,7 @@ import torch.nn as nn
 @dataclass
 class Args:
     # --- run ---
-    env_id: str = "lattice"  # the MDP of this file, or a Gymnasium environment that has a transition table
+    env_id: str = "lattice"  # the MDP of this file, or an environment with a transition table, FrozenLake without slip
     seed: int = 0  # seeds every random stream; agent k of a run is not the agent of --seed k
     num_seeds: int = 1  # independent agents trained side by side
     num_updates: int = 1_000  # sweeps of each agent
@@ -47,14 +47,14 @@ class Args:
     learning_rate: float = 1.0  # alpha, step of a sweep; 1: value iteration
     gamma: float = 0.99  # discount
     # --- data ---
-    slip: float = 0.0  # chance that action a - 1 or a + 1 happens for a; 2/3: Gymnasium's slippery FrozenLake
+    slip: float = 0.0  # chance that action a - 1 or a + 1 happens for a; 0.6666667: Gymnasium's slippery FrozenLake
     num_episodes: int = 10  # episodes in the batch of each agent
     epsilon: float = 0.5  # chance of a uniform action in them; else it is an optimal one
 
 
 # --- batch and policy ---
 class Batch(nn.Module):
-    """M_B of the counts N (S, n, A, n), the rewards (n, A, n) seen with them and the first states (S, n)."""
+    """M_B of the counts N (S, n, A, n), the expected rewards (n, A, n) of these and the first states (S, n)."""
 
     def __init__(self, count, reward, start):
         super().__init__()
@@ -127,6 +127,7 @@ class Table(NamedTuple):
 
     prob: torch.Tensor  # (n, A, n)
     reward: torch.Tensor  # (n, A, n), expected
+    square: torch.Tensor  # (n, A, n), expected square of the reward
     terminal: torch.Tensor  # (n,)
     start: torch.Tensor  # (n,)
     horizon: int  # steps after which an episode is cut off
@@ -157,7 +158,7 @@ def known(env_id):
 
 class MDP:
     """What a run knows of the MDP: `spec`, its Table; `behaviour` (n, A), the policy that makes the data; `reference`,
-    the returns of a uniform and of an optimal policy."""
+    the returns of a uniform policy and of one that is optimal for the discounted return."""
 
     mean = shift = torch.tensor(0)  # states and actions are indices
     std = scale = torch.tensor(1)
@@ -169,17 +170,20 @@ class MDP:
                 fail(f"--{name.replace('_', '-')} cannot be {getattr(args, name)}")
         P, start, horizon = lattice() if args.env_id == "lattice" else known(args.env_id)
         n, A = len(P), len(P[0])
-        prob, gain = torch.zeros(2, n, A, n, dtype=torch.float64)
+        prob, gain, square = torch.zeros(3, n, A, n, dtype=torch.float64)
         terminal, start = torch.zeros(n, dtype=torch.bool), torch.as_tensor(start, dtype=torch.float64)
         for s, a in np.ndindex(n, A):
             for p, s_next, r, ended in P[s][a]:
                 prob[s, a, s_next] += p
                 gain[s, a, s_next] += p * r
+                square[s, a, s_next] += p * r**2
                 terminal[s_next] |= bool(ended)
-        prob, gain = ((1 - args.slip) * x + args.slip / 2 * (x.roll(1, 1) + x.roll(-1, 1)) for x in (prob, gain))
-        prob[terminal], gain[terminal] = torch.eye(n, dtype=torch.float64)[terminal].unsqueeze(1), 0
-        reward = gain / prob.where(prob > 0, 1)
-        self.spec = Table(prob, reward, terminal, start, horizon)
+        prob, gain, square = ((1 - args.slip) * x + args.slip / 2 * (x.roll(1, 1) + x.roll(-1, 1))
+                              for x in (prob, gain, square))
+        prob[terminal] = torch.eye(n, dtype=torch.float64)[terminal].unsqueeze(1)
+        gain[terminal] = square[terminal] = 0
+        reward, square = (x / prob.where(prob > 0, 1) for x in (gain, square))
+        self.spec = Table(prob, reward, square, terminal, start, horizon)
         solver = Agent(replace(args, learning_rate=1.0), Batch(prob[None], reward, start[None]))
         for _ in range(horizon):
             solver.update()
@@ -241,7 +245,7 @@ def greedy(policy, table):
 
 def returns(table, pi, gamma):
     """Mean and deviation of the return, discounted return and length of the episodes of policies (S, n, A): (4, S)."""
-    P, R, R2 = (torch.einsum("kna,nax->knx", pi, table.prob * table.reward**i) for i in range(3))
+    P, R, R2 = (torch.einsum("kna,nax->knx", pi, table.prob * x) for x in (1, table.reward, table.square))
     p = table.start.expand(len(P), 1, -1)  # of each state now, with the return so far: to the powers 0, 1, 2
     m, m2, discounted, length = 0 * p, 0 * p, 0, 0
     for t in range(table.horizon):
@@ -306,9 +310,10 @@ def check(args):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
     for name, value in vars(args).items():
         least = name not in ("seed", "eval_episodes", "eval_workers")
-        fraction = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
+        one = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
+        real = one or name in ("alpha", "beta", "cql_alpha", "cql_target_gap", "penalty") and value is not None
         if (type(value) is int and type(getattr(Args, name)) is not float and not least <= value < 2**63
-                or fraction and not 0 <= value <= 1 or name.endswith(("_lr", "_rate")) and not value > 0):
+                or real and not 0 <= value <= (1 if one else 1e9) or name.endswith(("_lr", "_rate")) and not value > 0):
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     cuda = torch.cuda.is_available()
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
@@ -444,8 +449,7 @@ class Run:
             part.write_bytes(content if isinstance(content, bytes) else content.encode())
             part.replace(self.dir / name)
         except OSError as error:
-            if os.path.exists(part):
-                part.unlink()
+            os.path.exists(part) and part.unlink()
             end = self.close if hasattr(self, "bar") else fail
             end(f"{self.dir / name} cannot be written ({error}); what was there before is kept", 2)
 

@@ -8,15 +8,15 @@ Kumar, Zhou, Tucker & Levine, NeurIPS 2020. https://arxiv.org/abs/2006.04779  Th
 
     y       = r + gamma (1 - d) min_i Q'_i(s', a'),   a' ~ pi(s')
     L_Q     = E[ sum_i (Q_i(s, a) - y)^2 + w (log sum_a' exp Q_i(s, a') - Q_i(s, a)) ]        CQL(H), (4)
-    sum_a' exp Q_i(s, a') ~= sum_j exp Q_i(s, a_j) / mu(a_j),   a_j ~ uniform, pi(s), pi(s')    (appendix F)
+    sum_a' exp Q_i(s, a') ~= sum_j exp Q_i(s, a_j) / (3 n mu(a_j)),   3 n actions a_j    (appendix F)
     L_pi    = E[ alpha log pi(a|s) - min_i Q_i(s, a) ],   a ~ pi(s)           (7)
     L_alpha = E[ -alpha (log pi(a|s) + H) ],   H = -dim(A)                    (18)
 
     python algorithms/cql.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 12000 --eval-every 1000
 
 Logs q_start, the critic's value where episodes begin: compare it with the discounted return in eval.csv.
-Departs from the paper: as in the authors' code no factor 1/2 before the square and no entropy in y; unlike there the
-policy does not clone for its first 40,000 steps, and layers start as PyTorch's do.
+Departs from the paper: as in the authors' code no 1/2 before the square, no entropy in y, proposals a_j also of pi(s'),
+and log 3 n left in the gap; unlike there no cloning for 40,000 steps at first, and layers start as PyTorch's do.
 Shapes: S seeds, B batch, E critics, N transitions. The S seeds train side by side and never interact.
 """
 import copy
@@ -50,9 +50,9 @@ class Args:
     critic_lr: float = 3e-4  # of Adam, critic
     gamma: float = 0.99  # discount
     tau: float = 0.005  # step of the target networks
-    hidden_dim: int = 256  # units in each of three hidden layers
+    hidden_dim: int = 256  # units in each hidden layer
     # --- CQL ---
-    cql_alpha: float = 5.0  # w; the authors: 5 or 10 in locomotion, 5 and a gap of 5 in AntMaze
+    cql_alpha: float = 5.0  # w; the authors: 5 or 10 in locomotion; in AntMaze 5, a gap of 5, rewards 4 (r - 0.5)
     cql_target_gap: float | None = None  # the Lagrangian's: a multiplier of w climbs while w (...) is above it
     num_proposals: int = 10  # actions a_j of each kind
 
@@ -173,7 +173,7 @@ class Agent:
         self.optimizers = {"actor": self.actor_opt, "critic": self.critic_opt, "alpha": self.alpha_opt}
         self.modules["multiplier"], self.optimizers["multiplier"] = self.multiplier, self.multiplier_opt
         first = data.episode.diff(prepend=data.episode[:1] - 1).nonzero().flatten()
-        self.start = data.obs[first[: args.batch_size]].expand(S, -1, -1)  # where episodes begin
+        self.start = data.obs[first[:: -(-len(first) // 64)]].expand(S, -1, -1)  # where at most 64 episodes begin
 
     def update(self):
         args, batch = self.args, sample(self.data, self.args)
@@ -188,7 +188,7 @@ class Agent:
         polyak(self.critic_target, self.critic, args.tau)
         with torch.no_grad():
             q_start = self.critic(self.start, self.actor(self.start)).amin(1).mean(-1)
-        return {"critic_loss": l_q, "actor_loss": l_pi, "alpha_loss": l_alpha, "q_start": q_start}  # each (S,)
+        return {"critic_loss": l_q, "actor_loss": l_pi, "alpha_loss": l_alpha, "q_start": q_start, "gap": gap.mean(1)}
 
 
 # --- shared: imports ---
@@ -467,9 +467,10 @@ def check(args):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
     for name, value in vars(args).items():
         least = name not in ("seed", "eval_episodes", "eval_workers")
-        fraction = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
+        one = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
+        real = one or name in ("alpha", "beta", "cql_alpha", "cql_target_gap", "penalty") and value is not None
         if (type(value) is int and type(getattr(Args, name)) is not float and not least <= value < 2**63
-                or fraction and not 0 <= value <= 1 or name.endswith(("_lr", "_rate")) and not value > 0):
+                or real and not 0 <= value <= (1 if one else 1e9) or name.endswith(("_lr", "_rate")) and not value > 0):
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     cuda = torch.cuda.is_available()
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
@@ -605,8 +606,7 @@ class Run:
             part.write_bytes(content if isinstance(content, bytes) else content.encode())
             part.replace(self.dir / name)
         except OSError as error:
-            if os.path.exists(part):
-                part.unlink()
+            os.path.exists(part) and part.unlink()
             end = self.close if hasattr(self, "bar") else fail
             end(f"{self.dir / name} cannot be written ({error}); what was there before is kept", 2)
 

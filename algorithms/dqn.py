@@ -13,7 +13,8 @@ Mnih et al., Nature 2015. https://www.nature.com/articles/nature14236  Online; w
     python algorithms/dqn.py --env-id LunarLander-v3 --num-steps 200000 --record datasets
 
 Departs from the paper: vectors instead of images, with two hidden layers; Adam instead of RMSProp; Polyak averaging
-instead of a copy of the network every 10,000 updates; one update a step instead of one in four; replay keeps all steps.
+instead of a copy of the network every 10,000 updates; one update a step instead of one in four; replay keeps all steps;
+rewards are not clipped; batches of 64, epsilon falls to 0.05, and evaluations are greedy.
 Shapes: S seeds, B batch, A actions, N steps. Each seed acts in an environment of its own and they never interact.
 """
 import copy
@@ -357,9 +358,10 @@ def check(args):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
     for name, value in vars(args).items():
         least = name not in ("seed", "eval_episodes", "eval_workers")
-        fraction = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
+        one = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
+        real = one or name in ("alpha", "beta", "cql_alpha", "cql_target_gap", "penalty") and value is not None
         if (type(value) is int and type(getattr(Args, name)) is not float and not least <= value < 2**63
-                or fraction and not 0 <= value <= 1 or name.endswith(("_lr", "_rate")) and not value > 0):
+                or real and not 0 <= value <= (1 if one else 1e9) or name.endswith(("_lr", "_rate")) and not value > 0):
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     cuda = torch.cuda.is_available()
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
@@ -495,8 +497,7 @@ class Run:
             part.write_bytes(content if isinstance(content, bytes) else content.encode())
             part.replace(self.dir / name)
         except OSError as error:
-            if os.path.exists(part):
-                part.unlink()
+            os.path.exists(part) and part.unlink()
             end = self.close if hasattr(self, "bar") else fail
             end(f"{self.dir / name} cannot be written ({error}); what was there before is kept", 2)
 
@@ -635,6 +636,8 @@ class Recorder:
         if args.eval_episodes == 0 or task.spec.reward_threshold is None and args.medium_return is None:
             fail("--record judges policies: it needs --eval-episodes, and --medium-return where the environment has "
                  "no reward threshold")
+        if args.record_steps % 2:
+            fail(f"--record-steps {args.record_steps} is odd, and half of mixed is random")
         if not args.resume and list(self.root.glob("*-v0")):
             fail(f"--record {args.record}: {self.root} holds datasets already")
         try:
@@ -642,13 +645,19 @@ class Recorder:
         except OSError as error:
             fail(f"--record {args.record} cannot be written: {error}")
 
+    @functools.cached_property
+    def low(self):
+        """Mean return of `random`, without its last episode, which may be cut."""
+        episodes = minari.MinariDataset(self.root / "random-v0" / "data").iterate_episodes()
+        found = [np.sum(episode.rewards) for episode in episodes]
+        return float(np.mean(found[:-1] or found))
+
     def look(self, run):
         """Writes the sets whose time has come; those of a run before its resume stay."""
         args, rows = self.args, run.evals.get(run.update, [])
         if run.update == 0:
             self.write("random", (1, None, 1))
-        low = minari.MinariDataset(self.root / "random-v0" / "data").storage.metadata["ref_min_score"]
-        half = (low + self.task.spec.reward_threshold) / 2 if args.medium_return is None else args.medium_return
+        half = (self.low + self.task.spec.reward_threshold) / 2 if args.medium_return is None else args.medium_return
         if any(row[1] == 0 and row[3] >= half for row in rows):
             self.write("medium-replay")
             self.write("mixed", (2, None, 1), (3, self.policy(), args.record_epsilon))
@@ -709,11 +718,8 @@ class Recorder:
             return
         tqdm.write(f"recording {name}", sys.stderr)
         share = self.args.record_steps // max(len(parts), 1)
-        episodes = [e for x in parts for e in self.rollouts(*x, share)] or self.replayed()
-        if kind == "random":  # the last episode may be cut
-            low = float(np.mean([np.sum(e.rewards) for e in episodes[:-1] or episodes]))
-        else:
-            low = minari.MinariDataset(self.root / "random-v0" / "data").storage.metadata["ref_min_score"]
+        episodes = [e for x in parts for e in self.rollouts(*x, share)] if parts else self.replayed()
+        low = self.low if kind != "random" else float(np.mean([np.sum(e.rewards) for e in episodes[:-1] or episodes]))
         shutil.rmtree(part, ignore_errors=True)
         known, os.environ["MINARI_DATASETS_PATH"] = os.environ.get("MINARI_DATASETS_PATH"), str(part)
         flags = [f"--{key.replace('_', '-')} {value}" for key, value in vars(self.args).items()

@@ -13,7 +13,9 @@ Chen, Lu, Rajeswaran, Lee, Grover, Laskin, Abbeel, Srinivas & Mordatch, NeurIPS 
     python algorithms/dt.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 5000 --warmup 500 --sweep
 
 Departs from the paper: the return asked for is by default the data's best, not a constant of the environment. Windows
-are padded at their end, not their start: position is the timestep's alone, and causality hides what comes after.
+are padded at their end, not their start: position is the timestep's alone, and causality hides what comes after. The
+timestep's table is as long as the data's longest episode; later steps share its last entry. An episode that is cut off
+counts with the return that it has.
 Shapes: S seeds, B batch, T steps of a window, at most K (`context`), L tokens, H heads, d `hidden_dim`, N transitions.
 The S seeds train side by side and never interact.
 """
@@ -54,7 +56,8 @@ class Args:
     num_heads: int = 1  # of attention; divides hidden_dim
     dropout: float = 0.1  # of embeddings, attention weights and residual branches
     return_scale: float = 1000.0  # returns to go are divided by it
-    target_return: float | None = None  # asked for in evaluations; none: the data's best. Paper: Hopper 3600 and 1800
+    target_return: float | None = None  # asked for in evaluations; none: the data's best. The paper, on its way to
+    # D4RL's sets: Hopper 3600 and 1800, HalfCheetah 12000 and 6000, Walker2d 5000 and 2500
     sweep: bool = False  # at the end, also ask for 7 returns from the data's worst to beyond its best: targets.csv
 
 
@@ -148,6 +151,10 @@ def prepare(data, args):
         fail(f"--num-heads {args.num_heads} does not divide --hidden-dim {args.hidden_dim}")
     if not (args.return_scale > 0 and args.max_norm > 0 and args.weight_decay >= 0):
         fail("--return-scale and --max-norm have to be above 0, --weight-decay not below it")
+    if args.dropout == 1 or args.target_return is not None and not abs(args.target_return) < 1e9:
+        fail(f"--dropout {args.dropout} with --target-return {args.target_return} cannot be")
+    if args.sweep and not (args.eval_episodes and data.spec):
+        fail("--sweep acts: it needs an environment, and --eval-episodes above 0")
     data.mean, data.std = data.obs.mean(0), data.obs.std(0, correction=0) + 1e-6
     data.obs = (data.obs - data.mean) / data.std
     length = data.episode.bincount()
@@ -485,9 +492,10 @@ def check(args):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
     for name, value in vars(args).items():
         least = name not in ("seed", "eval_episodes", "eval_workers")
-        fraction = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
+        one = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
+        real = one or name in ("alpha", "beta", "cql_alpha", "cql_target_gap", "penalty") and value is not None
         if (type(value) is int and type(getattr(Args, name)) is not float and not least <= value < 2**63
-                or fraction and not 0 <= value <= 1 or name.endswith(("_lr", "_rate")) and not value > 0):
+                or real and not 0 <= value <= (1 if one else 1e9) or name.endswith(("_lr", "_rate")) and not value > 0):
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     cuda = torch.cuda.is_available()
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
@@ -623,8 +631,7 @@ class Run:
             part.write_bytes(content if isinstance(content, bytes) else content.encode())
             part.replace(self.dir / name)
         except OSError as error:
-            if os.path.exists(part):
-                part.unlink()
+            os.path.exists(part) and part.unlink()
             end = self.close if hasattr(self, "bar") else fail
             end(f"{self.dir / name} cannot be written ({error}); what was there before is kept", 2)
 
@@ -730,7 +737,7 @@ def main(args):
     while run.update < run.total:
         run.log(update())
     run.finish()
-    if args.sweep and args.eval_episodes and data.spec:
+    if args.sweep:
         sweep(args, run, agent, data)
     return run.dir
 

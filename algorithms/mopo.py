@@ -23,7 +23,7 @@ Then SAC learns from the data and from rollouts of h steps, which begin in the d
 Logs q_start, the critic's value where episodes begin, and at each evaluation model_return, what the policy's mode earns
 in the model from there on, without penalty: compare them with eval.csv. The seconds in run.json do not count the fit.
 Departs from the paper: as the authors' code does, without spectral normalisation (their issue 3), u from sigma and not
-from Sigma = sigma^2, H = -3 in every task. Unlike theirs the fit has an end, --model-epochs.
+from sigma^2, H = -3 in every task. Unlike there the fit has an end, --model-epochs; SAC's layers start as PyTorch's do.
 Shapes: S seeds, E networks or critics, B batch, N transitions. The S seeds train side by side and never interact.
 """
 import copy
@@ -64,14 +64,14 @@ class Args:
     model_hidden_dim: int = 200  # units in each of their four hidden layers
     model_lr: float = 1e-3  # of Adam
     model_epochs: int = 80  # at most; the fit ends after 6 epochs in a row without a better network
-    # --- MOPO: the policy; the authors' horizon and penalty on D4RL's v0 sets, and OfflineRL-Kit's on v2 ---
+    # --- MOPO: the policy; the authors' horizon, penalty on D4RL's v0; OfflineRL-Kit's (actor 1e-4, H = -dim(A)) on v2
     #              random  medium  medium-replay  medium-expert    v2: medium  medium-replay  medium-expert
     # Hopper       5 1     5 5     5 1            5 1                  5 5     5 2.5          5 5
     # HalfCheetah  5 0.5   1 1     5 1            5 5                  5 0.5   5 0.5          5 2.5
     # Walker2d     1 1     5 5     1 1            1 2                  5 0.5   1 2.5          1 2.5
     horizon: int = 5  # h, steps of a rollout
     penalty: float = 5.0  # lambda, weight of the model's deviation
-    rollout_every: int = 1_000  # updates between two rounds of rollouts, of which the last five are kept
+    rollout_every: int = 1_000  # updates between two rounds of rollouts, of which five at full length are kept
     rollout_batch: int = 50_000  # rollouts of each agent and round
     real_ratio: float = 0.05  # of each batch that is data
     target_entropy: float = -3.0  # H
@@ -205,7 +205,8 @@ def terminated(env, s_next):
     if env == "HalfCheetah":
         return torch.zeros_like(z, dtype=torch.bool)
     fail(f"nothing says where an imagined episode of {env or 'an environment without a name'} ends: write its rule "
-         f"into the function `terminated` of {METHOD}.py, or name Hopper, Walker2d or HalfCheetah with --env-id")
+         f"into the function `terminated` of {METHOD}.py, or give Hopper, Walker2d or HalfCheetah by --env-id, as is "
+         "needed with --eval-episodes 0")
 
 
 def imagine(dynamics, elites, s, a, rng=None):
@@ -220,8 +221,13 @@ def imagine(dynamics, elites, s, a, rng=None):
 
 # --- agent ---
 def prepare(data, args):
-    """Changes nothing; asks whether the environment's termination rule is known."""
-    terminated(data.spec and data.spec.name, data.next_obs[:1])
+    """Changes nothing; asks whether the environment's termination rule is known, and whether it is that of the data."""
+    lost = (data.terminated > 0) & (data.next_obs == data.obs.roll(-1, 0)).all(-1)  # as in `fit`
+    wrong = terminated(data.spec and data.spec.name, data.next_obs) != (data.terminated > 0)
+    if (share := wrong[~lost].float().mean()) > 0.01:
+        fail(f"by the rule of {data.spec.id} {share:.0%} of the data end otherwise than they do: see `terminated`")
+    if args.real_ratio and not int(args.real_ratio * args.batch_size):
+        fail(f"--real-ratio {args.real_ratio} of --batch-size {args.batch_size} is not one transition")
     if args.num_elites > args.num_models:
         fail(f"--num-elites {args.num_elites} of --num-models {args.num_models} cannot be")
 
@@ -249,7 +255,7 @@ class Agent:
         self.optimizers = {"actor": self.actor_opt, "critic": self.critic_opt, "alpha": self.alpha_opt,
                            "dynamics": self.dynamics_opt}
         first = data.episode.diff(prepend=data.episode[:1] - 1).nonzero().flatten()
-        self.start = data.obs[first[: args.batch_size]].expand(S, -1, -1)  # where episodes begin
+        self.start = data.obs[first[:: -(-len(first) // 64)]].expand(S, -1, -1)  # where at most 64 episodes begin
         self.real = replace(args, batch_size=int(args.real_ratio * args.batch_size))
 
     def fit(self):
@@ -593,9 +599,10 @@ def check(args):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
     for name, value in vars(args).items():
         least = name not in ("seed", "eval_episodes", "eval_workers")
-        fraction = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
+        one = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
+        real = one or name in ("alpha", "beta", "cql_alpha", "cql_target_gap", "penalty") and value is not None
         if (type(value) is int and type(getattr(Args, name)) is not float and not least <= value < 2**63
-                or fraction and not 0 <= value <= 1 or name.endswith(("_lr", "_rate")) and not value > 0):
+                or real and not 0 <= value <= (1 if one else 1e9) or name.endswith(("_lr", "_rate")) and not value > 0):
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     cuda = torch.cuda.is_available()
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
@@ -731,8 +738,7 @@ class Run:
             part.write_bytes(content if isinstance(content, bytes) else content.encode())
             part.replace(self.dir / name)
         except OSError as error:
-            if os.path.exists(part):
-                part.unlink()
+            os.path.exists(part) and part.unlink()
             end = self.close if hasattr(self, "bar") else fail
             end(f"{self.dir / name} cannot be written ({error}); what was there before is kept", 2)
 
@@ -859,10 +865,10 @@ def split(N, args):
 # --- main: two phases ---
 @torch.no_grad()
 def model_return(agent, seed):
-    """What the policy's mode earns in the model from the starts of at most 100 episodes, without penalty (S,). They end
-    as in the environment, or where the model leaves the finite numbers."""
+    """What the policy's mode earns in the model from where at most 64 episodes begin, without penalty (S,). They end as
+    in the environment, or where the model leaves the finite numbers."""
     task, elites, rng = agent.data.spec, agent.elites(), torch.Generator(agent.args.device).manual_seed(seed)
-    s = agent.start[:, :100]
+    s = agent.start
     running = torch.ones_like(s[..., 0], dtype=torch.bool)
     total = torch.zeros_like(s[..., 0], dtype=torch.float64)
     for _ in range(task.max_episode_steps):

@@ -185,6 +185,14 @@ def test_impossible_flags(flags, capsys, tmp_path, hopper):
     refused(capsys, tmp_path, f"--{next(iter(flags)).replace('_', '-')}", next(iter(flags.values())), dataset=hopper, **flags)
 
 
+@pytest.mark.parametrize("method, flag", [("td3_bc", "alpha"), ("iql", "beta"), ("cql", "cql_alpha"), ("mopo", "penalty"),
+                                          ("cql", "cql_target_gap"), ("cql_discrete", "cql_alpha")])
+def test_weights_are_not_below_zero_and_not_nan(method, flag, capsys, tmp_path, hopper):
+    for value in -1.0, float("nan"):
+        word = f"--{flag.replace('_', '-')} cannot be {value}"
+        refused(capsys, tmp_path, word, method=method, dataset=hopper, **{flag: value})
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_without_cuda(capsys, tmp_path, hopper):
     refused(capsys, tmp_path, "--device cuda", dataset=hopper, device="cuda")

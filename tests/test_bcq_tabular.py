@@ -170,7 +170,7 @@ def test_returns_equal_the_sum_over_all_paths():
     prob, reward = torch.rand(4, 2, 4, dtype=torch.float64), torch.randn(4, 2, 4, dtype=torch.float64)
     prob[3], reward[3] = torch.eye(4, dtype=torch.float64)[3], 0
     terminal, start = torch.arange(4) == 3, torch.tensor([0.5, 0.3, 0.2, 0], dtype=torch.float64)
-    table = bcq.Table(prob / prob.sum(-1, keepdim=True), reward, terminal, start, 3)
+    table = bcq.Table(prob / prob.sum(-1, keepdim=True), reward, reward**2, terminal, start, 3)
     pi = torch.rand(3, 4, 2, dtype=torch.float64)
     pi /= pi.sum(-1, keepdim=True)
     returns = bcq.returns(table, pi, 0.9)
@@ -187,6 +187,22 @@ def test_returns_equal_the_sum_over_all_paths():
                 total += p * np.array([sum(rewards), sum(rewards) ** 2, discounted, sum(s != 3 for s in states[:3])])
         mean, square, discounted, length = total
         assert returns[:, k].tolist() == pytest.approx([mean, (square - mean**2) ** 0.5, discounted, length])
+
+
+def test_returns_where_a_step_has_several_rewards():
+    """In Gymnasium's CliffWalkingSlippery a step into the cliff leads back to the start at -100, a slip there at -1."""
+    env = gym.make("CliffWalkingSlippery-v1").unwrapped
+    assert any(len({(x, r) for _, x, r, _ in steps}) > len({x for _, x, _, _ in steps})
+               for actions in env.P.values() for steps in actions.values())
+    task = bcq.MDP(bcq.Args(env_id="CliffWalkingSlippery-v1"))
+    mean = square = 0.0
+    paths = [(float(p), s, 0.0) for s, p in enumerate(env.initial_state_distrib) if p]
+    for _ in range(3):
+        paths = [(p * q / 4, x, total + r) for p, s, total in paths for a in range(4) for q, x, r, _ in env.P[s][a]]
+    mean, square = (sum(p * total**i for p, _, total in paths) for i in (1, 2))
+    uniform = torch.full((1, env.observation_space.n, 4), 0.25, dtype=torch.float64)
+    found = bcq.returns(task.spec._replace(horizon=3), uniform, 0.99)[:, 0]
+    assert found[:2].tolist() == pytest.approx([mean, (square - mean**2) ** 0.5])
 
 
 def test_the_more_data_the_less_is_the_policy_carried_away_and_the_less_is_promised_in_vain():

@@ -164,10 +164,13 @@ def test_the_multiplier_moves_only_with_a_target_gap(gap, hopper, tmp_path):
 
 @pytest.mark.parametrize("module", [sac_offline, cql])
 def test_q_start_is_the_value_of_the_mode_where_episodes_begin(module, hopper, tmp_path):
-    args = module.check(small(module.METHOD, hopper, tmp_path, num_seeds=S, batch_size=4))
+    mixture = "+".join([str(hopper)] * 4)
+    args = module.check(small(module.METHOD, mixture, tmp_path, num_seeds=S))
     data = module.load(args)
     agent = module.Agent(args, data.obs_dim, data.act_dim, data)
-    first = [int((data.episode == i).nonzero()[0]) for i in range(4)]  # at most --batch-size of them
+    N = int(data.episode.max()) + 1
+    assert 64 < N < 128
+    first = [int((data.episode == i).nonzero()[0]) for i in range(0, N, 2)]  # at most 64, of all sets of a mixture
     agent.update()
     q_start = agent.update()["q_start"]
     s = data.obs[first].expand(S, -1, -1)

@@ -387,7 +387,16 @@ def test_half_trained_is_half_way_from_random_to_the_reward_threshold(tmp_path, 
         assert found == ["random"] + ["medium-replay", "mixed"] * (score > 250)
 
 
+def test_an_environment_without_a_threshold_is_recorded_with_medium_return(tmp_path):
+    gym.register("ChoiceByName-v0", "test_discrete:Choice", max_episode_steps=1)
+    _, root = recording(tmp_path, "x", env_id="ChoiceByName-v0", medium_return=-1e6)
+    root = root.with_name("choicebyname")
+    assert {path.name for path in root.glob("*-v0")} == {f"{kind}-v0" for kind, *_ in KINDS}
+    assert "ref_min_score" not in episodes(root, "mixed")[0].storage.metadata
+
+
 @pytest.mark.parametrize("flags, words", [({"env_id": "Choice-v0", "medium_return": None}, "--medium-return"),
+                                          ({"record_steps": 151}, "--record-steps 151"),
                                           ({"eval_episodes": 0}, "--eval-episodes"), ({"env_id": "Pendulum-v1"}, "discrete")])
 def test_what_cannot_be_recorded_is_refused(flags, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -411,7 +411,9 @@ def test_what_is_asked_for_is_what_it_brings(uniform, tmp_path):
 
 @pytest.mark.parametrize("flags, word", [
     ({"num_heads": 3}, "--num-heads 3"), ({"return_scale": 0.0}, "--return-scale"), ({"context": 0}, "--context"),
-    ({"weight_decay": -1.0}, "--weight-decay"), ({"max_norm": float("nan")}, "--max-norm"), ({"dropout": 2.0}, "--dropout")])
+    ({"weight_decay": -1.0}, "--weight-decay"), ({"max_norm": float("nan")}, "--max-norm"), ({"dropout": 2.0}, "--dropout"),
+    ({"dropout": 1.0}, "--dropout"), ({"target_return": float("nan")}, "--target-return"),
+    ({"sweep": True, "eval_episodes": 0}, "--sweep")])
 def test_impossible_flags(flags, word, hopper, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         dt.main(small("dt", hopper, tmp_path / "out", **flags))

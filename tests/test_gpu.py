@@ -9,10 +9,11 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("method", [*METHODS, "dt"])
-def test_a_run_on_cuda(method, hopper, tmp_path):
+def test_a_run_on_cuda(method, hopper, tmp_path, capsys):
     module = import_module(method)
     folder = module.main(small(method, hopper, tmp_path, device="cuda", num_seeds=3))
     assert checkpoint(folder)["update"] == 40 and (folder / "policy.pt2").exists()
+    assert "no CUDA graph" not in capsys.readouterr().err
     module.main(module.Args(resume=str(folder)))
 
 

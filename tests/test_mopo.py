@@ -10,7 +10,7 @@ import mopo
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, flat, same, write_d4rl
+from conftest import checkpoint, flat, record, same, write_d4rl
 
 S, E, OBS, ACT, B = 3, 2, 4, 5, 7
 
@@ -235,6 +235,27 @@ def test_termination_is_the_environments_own_on_10000_states(env_id, monkeypatch
     assert found.shape == (100, 100) and found.dtype == torch.bool
     assert found.flatten().tolist() == ends
     assert np.mean(ends) == (0 if env_id == "HalfCheetah-v5" else pytest.approx(0.5, abs=0.2))
+
+
+def test_data_that_end_by_another_rule_are_refused(tmp_path, capsys):
+    """Walker2d's data with HalfCheetah's name, whose episodes never end."""
+    walker = record(tmp_path / "walker", "Walker2d-v5", 300)
+    for env_id, status in ("Walker2d-v5", None), ("HalfCheetah-v5", 2):
+        args = mopo.check(args_for(dataset_id=str(walker), env_id=env_id))
+        data = mopo.load(args)
+        if status is None:
+            mopo.prepare(data, args)
+            continue
+        with pytest.raises(SystemExit) as stopped:
+            mopo.prepare(data, args)
+        assert stopped.value.code == status and "by the rule of HalfCheetah-v5" in capsys.readouterr().err
+
+
+def test_a_share_of_real_data_is_at_least_one_transition(hopper, tmp_path, capsys):
+    args = mopo.check(args_for(dataset_id=str(hopper), batch_size=16))
+    with pytest.raises(SystemExit) as stopped:
+        mopo.prepare(mopo.load(args), args)
+    assert stopped.value.code == 2 and "--real-ratio 0.05 of --batch-size 16" in capsys.readouterr().err
 
 
 def test_termination_at_the_limits_of_the_state():
