@@ -110,7 +110,7 @@ def q_and_returns(runs, titles):
 def sac_offline_draw(runs):
     figure = q_and_returns(runs, {label: f"{int(label):,} transitions of Hopper medium" for label in runs})
     end = min(max(row["update"] for row in evals(run)) for run in runs.values())
-    return figure, f"after {end:,.0f} updates " + "; ".join(
+    return figure, f"Hopper medium, after {end:,.0f} updates: " + "; ".join(
         f"with {int(label):,} transitions the critic expects {last(losses(run, 'q_start'), 'value', end):.3g} and the policy "
         f"gets {last(evals(run), 'discounted_return_mean', end):.0f}" for label, run in runs.items())
 
@@ -125,7 +125,7 @@ def cql_draw(runs):
     end, expected = evals(runs["cql"])[-1]["update"], {x: losses(runs[x], "q_start") for x in runs}
     q, g = last(expected["cql"], "value"), last(evals(runs["cql"]), "discounted_return_mean")
     naive = last(expected["sac"], "value", end)
-    return figure, (f"after {end:,.0f} updates CQL's critic expects {q:.0f}, {'below' if q < g else 'above'} the {g:.0f} that "
+    return figure, (f"Hopper medium: after {end:,.0f} updates CQL's critic expects {q:.0f}, {'below' if q < g else 'above'} the {g:.0f} that "
                     f"its policy gets; SAC's expects {naive:,.0f} by then, and never gets more than 5")
 
 
@@ -346,9 +346,9 @@ def bcq_discrete_draw(runs):
     for axis in axes:
         axis.legend(fontsize=7)
         axis.set(xlabel="threshold: 0 is Q-learning, 1 is cloning", xticks=range(5), xticklabels=BCQ_THRESHOLDS)
-    return figure, "; ".join(
+    return figure, f"LunarLander, return against threshold after {last(evals(runs['mixed 0']), 'update'):,.0f} updates: " + "; ".join(
         f"{title}: " + ", ".join(f"{np.mean(v):.0f} at {t}" for t, v in zip(BCQ_THRESHOLDS, found[part]))
-        for part, title in LANDER_SETS.items()) + " (return against threshold)"
+        for part, title in LANDER_SETS.items())
 
 
 LANDER_METHODS = {
@@ -378,8 +378,8 @@ def cql_discrete_draw(runs):
     axes[1, 0].set_ylabel("discounted value")
     axes[0, 1].legend(fontsize=7, loc="lower right")
     axes[1, 0].legend(fontsize=7, loc="lower right")
-    return figure, "mean return of the last 2 evaluations: " + "; ".join(
-        f"{title}: " + ", ".join(f"{name} {np.mean(lately(evals(runs[f'{part} {label}']), 'return_mean')):.0f}"
+    return figure, "LunarLander, mean return of the last 2 evaluations: " + "; ".join(
+        f"{title}, {last(evals(runs[f'{part} dqn']), 'update'):,.0f} updates: " + ", ".join(f"{name} {np.mean(lately(evals(runs[f'{part} {label}']), 'return_mean')):.0f}"
                                  for label, (name, _) in LANDER_METHODS.items())
         for part, title in LANDER_SETS.items())
 
@@ -495,9 +495,10 @@ def bc_diffusion_draw(runs):
     axis.set(xlabel="updates", ylabel="normalised score", ylim=(0, None))
     axis.set_title("hopper/medium-v0", fontsize=10)
     axis.legend(fontsize=8, loc="lower right")
-    return figure, (f"On the road {crashed['fork: bc']} drives of bc.py hit the obstacle, {crashed['fork: T = 5']} of "
+    return figure, (f"where a road forks before an obstacle {crashed['fork: bc']} drives of bc.py hit the obstacle, {crashed['fork: T = 5']} of "
                     f"bc_diffusion.py with T = 5 and {crashed['fork: T = 20']} with T = 20; on hopper/medium-v0 bc.py ends "
-                    f"at a score of {final['hopper: bc']} and bc_diffusion.py at {final['hopper: diffusion']}.")
+                    f"at a score of {final['hopper: bc']} and bc_diffusion.py at {final['hopper: diffusion']} (± deviation "
+                    "over 3 seeds)")
 
 
 # --- a policy that pleases its model ---
@@ -521,7 +522,7 @@ def mopo_draw(runs):
     def late(table, key):
         return np.mean([row[key] for row in table if row["update"] > half])
 
-    return figure, f"means of the evaluations after {half:,.0f} updates: " + "; ".join(
+    return figure, f"Hopper medium, means of the evaluations after {half:,.0f} updates: " + "; ".join(
         f"with penalty {label} the policies earn {late(losses(run, 'model_return'), 'value'):.0f} in the model and "
         f"{late(evals(run), 'return_mean'):.0f} in the environment" for label, run in runs.items())
 
@@ -640,13 +641,16 @@ def run(name, label, command, fresh):
     if not sorted(work.glob("*/policy.pt2")):
         command = [sys.executable, str(ROOT / "algorithms" / script), *flags]
         subprocess.run(command + ([] if begun else ["--out-dir", str(work)]), check=True, cwd=ROOT)
-    (done,) = sorted(work.glob("*/policy.pt2"))
+    *_, done = sorted(work.glob("*/policy.pt2"))
     globals().get(f"{name}_log", lambda *_: None)(label, done.parent)
-    kept.mkdir(parents=True)
+    part = kept.with_name(f".{folder}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     for pattern in KEPT:
         for path in done.parent.glob(pattern):
             text = re.sub('"out_dir": .*', '"out_dir": "runs",', path.read_text())
-            (kept / path.name).write_text(text.replace(str(ROOT) + os.sep, ""))
+            (part / path.name).write_text(text.replace(str(ROOT) + os.sep, ""))
+    part.replace(kept)  # whole or not there
     return kept
 
 

@@ -41,6 +41,7 @@ NAMES = {  # in the order of rows and colours; other labels follow as they are
     "mopo": "MOPO", "mopo_h100": "MOPO, h = 100", "bc_diffusion": "Diffusion BC", "dagger": "DAgger",
     "dqn_offline": "DQN offline",
     "bcq_discrete": "BCQ (discrete)", "cql_discrete": "CQL (discrete)", "bcq_tabular": "BCQ (tabular)"}
+SHORT = "cql", "dt", "mopo", "mopo_h100"  # what an hour or two of one core gives
 RAW = "args.json", "run.json", "eval.csv"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 ABSENT, RESAMPLES = "–", 10_000
@@ -122,6 +123,8 @@ def evaluations(text, S):
         raise ValueError("a number is missing")
     updates, at = np.unique(table[0].astype(int), return_inverse=True)
     values = np.full((len(updates), S), np.nan)
+    if (table[1] < 0).any():
+        raise ValueError("a seed is below 0")
     values[at, table[1].astype(int)] = table[3 + scored]
     if np.isfinite(values).sum() < len(rows):
         raise ValueError("a seed stands twice in an evaluation")
@@ -135,11 +138,13 @@ class Cell:
         self.dataset, self.seeds = args.get("dataset_id") or args.get("env_id", "?"), args.get("num_seeds", 1)
         self.updates, self.values, self.scored, self.episodes = load(table, lambda text: evaluations(text, self.seeds))
         unit = "steps" if "num_steps" in args else "updates"
-        self.size, self.planned = int(self.updates[-1]), args.get(f"num_{unit}", 0)
+        self.size, self.planned = int(self.updates[-1]), int(args.get(f"num_{unit}", 0))
+        self.about["wall_seconds"] = float(self.about["wall_seconds"])
         self.final, self.curve = self.values[-1][np.isfinite(self.values[-1])], np.nanmean(self.values, 1)
         self.whole = self.size >= self.planned and len(self.final) == self.seeds
         self.label, self.budget = folder.name, f"{self.size:,} {unit}"
         self.row = f"{named(self.label)}, {self.budget}, {self.seeds} seed{'s' * (self.seeds > 1)}"
+        self.row += ", short" * (self.label in SHORT)
         self.mean, self.best, self.best_at = self.curve[-1], self.curve.max(), self.updates[self.curve.argmax()]
 
     def text(self, x, width=None):
@@ -154,7 +159,12 @@ class Cell:
 def read_all():
     """The cells in the order of the tables: larger budgets first, then NAMES, then datasets."""
     folders = {path.parent for name in RAW for path in (ROOT / "benchmark_results").glob(f"*/[!.]*/{name}")}
-    cells, keys = [Cell(folder) for folder in sorted(folders) if folder.parent.name != "lessons"], set()
+    cells, keys = [], set()
+    for folder in sorted(folder for folder in folders if folder.parent.name != "lessons"):
+        try:
+            cells.append(Cell(folder))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            fail(f"{folder} cannot be used ({error}): repair it, or take it away")
     labels = [*NAMES, *sorted({cell.label for cell in cells} - NAMES.keys())]
     for cell in cells:
         cell.key, cell.order = f"{cell.dataset}/{cell.label}", labels.index(cell.label)
@@ -246,6 +256,7 @@ def scores(cells, data, notes):
         f"Normalised score at the last evaluation, {episodes} episodes per seed: mean ± half-width of Student's 95 % "
         "interval over seeds." + " A single seed has none." * any(len(cell.final) == 1 for cell in cells)
         + " Where there is no reference, the cell is a return." * any(not cell.scored for cell in cells)
+        + " Short is what an hour or two of one core gives." * any(cell.label in SHORT for cell in cells)
         + f" {ABSENT} is absent. The budget is part of a row's name: on a dataset, rows of unequal budgets are not to "
         "be compared.")
     care = ["To be read with care:", "\n".join(remarks)] * bool(remarks)
@@ -283,7 +294,8 @@ def provenance(cells):
                      ", ".join(f"{part} {known[part]}" for part in parts if part in known),
                      str(timedelta(seconds=round(cell.about["wall_seconds"]))), known.get(speed, ABSENT)])
     about = "Best of training is the evaluation with the highest mean over seeds, chosen after the fact; it is in no " \
-            "other table. Updates per second count an update of all seeds as one, with evaluations beside it."
+            "other table. Updates per second count an update of all seeds as one, with evaluations beside it. Wall times " \
+            "leave out the fit of MOPO's model."
     head = "cell", "last", "best of training", "episodes", "commit", "hardware", "versions", "wall time", "updates/s"
     return fill(about) + "\n\n" + table(head, rows)
 

@@ -79,7 +79,9 @@ def read_grid(path, runs):
     try:
         for row in tomllib.loads(path.read_text())["cell"]:
             words = shlex.split(row["command"])
-            typed, default = flags(words), defaults(words[1])
+            default = defaults(words[1])
+            typed = {name.removeprefix("no_") if name[3:] in default else name: "False" if name[3:] in default else value
+                     for name, value in flags(words).items()}
             asked = {"env_id": "", **default, **typed}
             name = re.sub("[/+]+", "-", asked.get("dataset_id", asked["env_id"]))[-80:].strip("-.")  # as Run names it
             name += "/" + row.get("label", Path(words[1]).stem)
@@ -107,9 +109,9 @@ def differs(cell, place):
         return "no results yet"
     try:
         has, about = (json.loads((place / name).read_text()) for name in KEPT[:2])
-    except (OSError, ValueError) as error:
-        return str(error)
-    has["method"] = about["method"]
+        has["method"] = about["method"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return f"damaged results ({error!r})"
     for name, asked in {"method": Path(cell.words[1]).stem, **cell.default, **cell.typed}.items():
         known = name in has or name in cell.typed  # else it is newer than the run, which had its default
         if known and name not in FREE and not same(has.get(name), asked):

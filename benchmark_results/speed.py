@@ -1,14 +1,15 @@
 """Updates per second of every method, against a loop as it is usually written and against its matrix products alone.
 
     python benchmark_results/speed.py                        # everything, on the GPU where there is one
-    python benchmark_results/speed.py --methods td3_bc iql --seeds 1 4 --parts updates
+    python benchmark_results/speed.py --methods td3_bc iql --seeds 1 4 --parts updates     # only printed
     python benchmark_results/speed.py --report               # only writes SPEED.md anew, from the CSVs
 
 One process and, on a CPU, one thread. What is compared alternates, round after round, and the medians are kept.
 `floor` replays the matrix products of one update, recorded as they pass, into memory that is already there; the last
 layer of a critic, one column, is none.
 `control` is TD3+BC with two nn.Linear critics, an optimiser for each network, indices from NumPy, .item() at each step.
-Writes benchmark_results/speed/<device>.csv and benchmark_results/SPEED.md.
+Writes benchmark_results/speed/<device>.csv and benchmark_results/SPEED.md when everything was measured, with --out what
+was; with MALLOC_MMAP_MAX_=0 in the environment, as run.py has it for its cells, the file is <device>-keeps-memory.csv.
 """
 import argparse
 import copy
@@ -18,7 +19,6 @@ import json
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 OUT = ROOT / "benchmark_results" / "speed"
 PARTS = "updates", "loading", "evaluation", "start"
+KEEPS = os.environ.get("MALLOC_MMAP_MAX_") == "0"  # glibc keeps what is freed, see run.py
 PRODUCTS = "mm", "bmm", "addmm", "baddbmm"
 
 
@@ -158,6 +159,7 @@ def updates_of(method, S, precision, options, device):
     module, agent = make(method, S, device)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     per_call = agent.updates_per_call
+    forget_peak()
     agent.update()
     with Record() as record:
         agent.update()
@@ -180,10 +182,17 @@ def updates_of(method, S, precision, options, device):
                "seed_updates_per_second": S * rate, "floor_per_second": floor, "of_floor": rate / floor, "peak_mib": memory}
 
 
+def forget_peak():
+    """Starts the measurement of peak_memory, where Linux lets it."""
+    if sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory():
-    """MiB that this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024) / (
-        1024 if sys.platform == "darwin" else 1)
+    """MiB that this process has held at most since then; NaN where it cannot be known, or where memory is kept."""
+    if sys.platform != "linux" or KEEPS:
+        return float("nan")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def loading(options, device):
@@ -266,12 +275,13 @@ COLUMNS = ("what", "method", "S", "mode", "precision", "per_second", "seed_updat
            "of_floor", "peak_mib", "seconds")
 
 
-def about(device):
+def about(device, options):
     cpu = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
     git = subprocess.getstatusoutput(f"git -C '{ROOT}' rev-parse HEAD")
     return {"device": torch.cuda.get_device_name() if device != "cpu" else (cpu or [platform.machine()])[0],
             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
             "torch": torch.__version__, "numpy": np.__version__, "gymnasium": gym.__version__,
+            "rounds": options.rounds, "seconds": options.seconds, "freed memory": "kept" if KEEPS else "returned",
             "commit": None if git[0] else git[1], "date": time.strftime("%Y-%m-%d")}
 
 
@@ -284,22 +294,23 @@ def text(name, rows, facts):
     number = lambda row, key, form: format(float(row[key]), form) if row.get(key) else ""
     lines = [[row["method"], row["S"], row["mode"], row["precision"], number(row, "per_second", ",.1f"),
               number(row, "seed_updates_per_second", ",.1f"), number(row, "floor_per_second", ",.1f"),
-              number(row, "of_floor", ".2f")] for row in rows if row["what"] == "updates"]
+              number(row, "of_floor", ".2f"), number(row, "peak_mib", ",.0f").replace("nan", "")] for row in rows if row["what"] == "updates"]
     rest = [[row["what"], row["method"], row["S"], number(row, "per_second", ",.0f"), number(row, "seconds", ",.2f")]
             for row in rows if row["what"] != "updates"]
     return "\n\n".join([
         f"## {facts['device']}", ", ".join(f"{key} {value}" for key, value in facts.items() if key != "device"),
-        table(lines, ["method", "S", "mode", "precision", "updates/s", "seeds x updates/s", "floor, updates/s", "of the floor"]),
+        table(lines, ["method", "S", "mode", "precision", "updates/s", "seeds x updates/s", "floor, updates/s", "of the floor",
+                      "peak MiB"]),
         table(rest, ["part", "", "S", "per second", "seconds"])])
 
 
-def report():
+def report(place=OUT):
     parts = [text(path.stem, list(csv.DictReader(path.open())), json.loads(path.with_suffix(".json").read_text()))
-             for path in sorted(OUT.glob("*.csv"))]
+             for path in sorted(place.glob("*.csv"))]
     head = ("# Speed\n\nMade by `python benchmark_results/speed.py`; medians over rounds in which all that is compared "
             "alternates. An update is one of all S agents. The floor is the time of the same matrix products alone; "
             "`control` is TD3+BC as it is usually written. Lines marked extrapolated are computed from measured parts.")
-    (OUT.parent / "SPEED.md").write_text("\n\n".join([head, *parts]) + "\n")
+    (place.parent / "SPEED.md").write_text("\n\n".join([head, *parts]) + "\n")
 
 
 def main(words=None):
@@ -314,9 +325,14 @@ def main(words=None):
     parser.add_argument("--steps", type=int, default=5000, help="environment steps of each measurement")
     parser.add_argument("--transitions", type=int, default=1_000_000, help="size of the file that is loaded")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="directory of the CSVs, beside SPEED.md; default: benchmark_results/speed "
+                        "when all methods, parts and seeds are measured, else nothing is written")
     parser.add_argument("--report", action="store_true", help="only write SPEED.md")
     options = parser.parse_args(words)
-    device = options.device
+    if min(options.rounds, options.steps, options.transitions) < 1:
+        parser.error("--rounds, --steps and --transitions have to be at least 1")
+    device, whole = options.device, not options.seeds and options.methods == methods and options.parts == list(PARTS)
+    place = options.out or (OUT if whole or options.report else None)
     options.seeds = options.seeds or [1, 2, 4, 8, 16] + [32, 64] * (device != "cpu")
     if not options.report:
         torch.set_num_threads(1)
@@ -326,15 +342,17 @@ def main(words=None):
                 rows.append(row)
                 print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
         rows += protocol(rows, os.cpu_count())
-        OUT.mkdir(parents=True, exist_ok=True)
-        facts = about(device)
-        name = re.sub(r"\W+", "-", facts["device"].lower()).strip("-")
-        with open(OUT / f"{name}.csv", "w", newline="") as file:
+        if not place:
+            return
+        place.mkdir(parents=True, exist_ok=True)
+        facts = about(device, options)
+        name = re.sub(r"\W+", "-", facts["device"].lower()).strip("-") + "-keeps-memory" * KEEPS
+        with open(place / f"{name}.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-        (OUT / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
-    report()
+        (place / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    report(place)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 if not os.environ.get("DISPLAY"):
@@ -34,7 +35,7 @@ def task_of(folder):
     try:
         flags = json.loads((folder / "args.json").read_text())
         module = import_module(json.loads((folder / "run.json").read_text())["method"])
-        args = module.Args(**{**flags, "device": "cpu"})
+        args = module.Args(**{**flags, "device": "cpu", "eval_episodes": 1})
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         fail(f"{folder} is no directory of a finished run: {error}")
     if not hasattr(module, "Task"):
@@ -48,9 +49,21 @@ def task_of(folder):
     return module, task, getattr(args, "context", 0)
 
 
-def renderer(spec):
+def import_mujoco():
+    """Imports MuJoCo, which fails where the renderer of MUJOCO_GL is not installed: then without one. Returns the error."""
+    try:
+        find_spec("mujoco") and import_module("mujoco")
+    except Exception as error:
+        for name in [name for name in sys.modules if name.split(".")[0] in ("mujoco", "OpenGL")]:
+            del sys.modules[name]
+        asked, os.environ["MUJOCO_GL"] = os.environ.get("MUJOCO_GL"), "disable"
+        return f"MUJOCO_GL={asked}: {error}"
+
+
+def renderer(spec, problem):
     """The environment with pictures; MuJoCo's camera follows where the model has one that does."""
-    for follow in [{"camera_name": "track"}] * ("mujoco" in str(spec.entry_point)) + [{}]:
+    mujoco, sys.unraisablehook = "mujoco" in str(spec.entry_point), lambda error: None  # a viewer without context, deleted
+    for follow in [] if problem and mujoco else [{"camera_name": "track"}] * mujoco + [{}]:
         try:
             with warnings.catch_warnings(action="ignore"):
                 env = gym.make(spec, render_mode="rgb_array", **follow)
@@ -107,8 +120,9 @@ def main(words=None):
     parser.add_argument("--width", type=int, default=240, help="of the picture, in pixels")
     parser.add_argument("--seed", type=int, default=0, help="of the episode")
     options = parser.parse_args(words)
-    if min(options.steps, options.every, options.width) < 1:
-        parser.error("--steps, --every and --width have to be at least 1")
+    if min(options.steps, options.every, options.width, options.seed + 1) < 1:
+        parser.error("--steps, --every and --width have to be at least 1, --seed at least 0")
+    problem = import_mujoco()
     module, task, context = task_of(options.run)
     try:
         policy = torch.export.load(options.run / "policy.pt2").module()
@@ -119,14 +133,17 @@ def main(words=None):
         fail(f"{options.run / 'policy.pt2'} cannot be played: {error}")
     if unknown := set(options.seeds or []) - set(seeds):
         fail(f"--seeds {min(unknown)} is not there: the run has {len(seeds)}")
-    env = renderer(task.spec)
+    env = renderer(task.spec, problem)
     fps = env.metadata.get("render_fps", 50) / options.every
     for k in options.seeds or seeds:
         torch.manual_seed(options.seed)
         frames, total = play(acting(policy, k, task, context), k, module, task, env, options)
         path = options.run / f"watch-{k}.gif"
         frames = [frame.quantize(64) for frame in frames]
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=max(20, round(1000 / fps)), loop=0)
+        try:
+            frames[0].save(path, save_all=True, append_images=frames[1:], duration=max(20, round(1000 / fps)), loop=0)
+        except OSError as error:
+            fail(f"{path} cannot be written: {error}")
         print(f"seed {k}: return {total:.1f}, {path}")
 
 

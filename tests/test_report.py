@@ -164,7 +164,7 @@ def test_rows_have_their_budget_and_stand_by_budget_not_by_score(root):
     report.main([])
     assert list(rows(root))[3:] == [
         "BC, 50,000 updates, 3 seeds", "BC, 20,000 updates, 3 seeds", "IQL, 20,000 updates, 3 seeds",
-        "CQL, 8,000 updates, 2 seeds", "sac, 300 steps, 2 seeds"]
+        "CQL, 8,000 updates, 2 seeds, short", "sac, 300 steps, 2 seeds"]
 
 
 def test_the_data_are_the_first_row(root):
@@ -218,7 +218,7 @@ def test_flags_and_notes(root):
         "below BC of the same budget (52.0 ± 5.0). No explanation yet.",
         "6. MOPO on d-v0, 1,000 updates: update 1,000 of 1,000, 2 of 3 seeds at the end. No explanation yet.",
         "7. SAC offline on d-v0, 500 updates: below bc-copy of the same budget (20.0 ± 24.8). No explanation yet."]
-    assert rows(root)["MOPO, 1,000 updates, 3 seeds"] == ["78.0 ± 88.9 <sup>6</sup>"]
+    assert rows(root)["MOPO, 1,000 updates, 3 seeds, short"] == ["78.0 ± 88.9 <sup>6</sup>"]
     assert "notes on cells to be read with care" in " ".join((root / "README.md").read_text().split())
 
 

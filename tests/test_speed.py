@@ -2,6 +2,7 @@
 import csv
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,27 @@ speed = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(speed)
 
 
-def test_tiny_mode_writes_a_table_of_every_part(tmp_path, monkeypatch, capsys):
+def test_a_part_is_only_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "OUT", tmp_path / "speed")
-    speed.main(["--methods", "td3_bc", "bcq_discrete", "sac", "--seeds", "1", "2", "--rounds", "1", "--seconds", "0.001",
+    speed.main(["--methods", "dqn_offline", "--seeds", "1", "--rounds", "1", "--seconds", "0.001", "--parts", "updates",
+                "--device", "cpu"])
+    assert "dqn_offline, 1, eager" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_of_memory_is_that_of_what_is_measured():
+    speed.forget_peak()
+    before = speed.peak_memory()
+    big = torch.ones(50 * 2**20)  # 200 MiB
+    during = speed.peak_memory()
+    del big
+    speed.forget_peak()
+    assert 180 < during - before < 260 and speed.peak_memory() < during - 150
+
+
+def test_tiny_mode_writes_a_table_of_every_part(tmp_path):
+    speed.main(["--out", str(tmp_path / "speed"),
+                "--methods", "td3_bc", "bcq_discrete", "sac", "--seeds", "1", "2", "--rounds", "1", "--seconds", "0.001",
                 "--steps", "20", "--transitions", "5000", "--env-id", "Hopper-v5", "--device", "cpu",
                 "--parts", "updates", "loading", "evaluation"])
     (path,) = (tmp_path / "speed").glob("*.csv")

@@ -1,7 +1,10 @@
 """watch.py writes a GIF of each seed whose return is the environment's, or says in a sentence why not."""
 import importlib.util
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,3 +100,17 @@ def test_what_cannot_be_watched_is_told(folder, tmp_path, capsys, monkeypatch):
             watch.main([str(place)])
         message = capsys.readouterr().err.strip()
         assert stop.value.code == 2 and part in message and "\n" not in message, message
+
+
+def test_a_renderer_that_is_not_installed_is_told(hopper, tmp_path):
+    """In a process of its own, which has not imported MuJoCo: there PyOpenGL finds no library of this name."""
+    import bc
+
+    folder = bc.main(small("bc", hopper, tmp_path, num_updates=2, eval_episodes=0))
+    hide = "import ctypes.util, sys; ctypes.util.find_library = lambda name: None; sys.argv[1:] = sys.argv[2:]; "
+    path = ROOT / "benchmark_results" / "watch.py"
+    code = hide + f"import runpy; runpy.run_path({str(path)!r}, run_name='__main__')"
+    ends = subprocess.run([sys.executable, "-c", code, "--", str(folder)], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "MUJOCO_GL": "osmesa"})
+    assert ends.returncode == 2 and "Traceback" not in ends.stderr, ends.stderr
+    assert ends.stderr.startswith("watch.py: nothing renders Hopper-v5 here") and "install EGL or OSMesa" in ends.stderr
