@@ -254,7 +254,7 @@ def bcq_tabular_draw(runs):
 
 # --- what is asked for and what is achieved ---
 def dt_runs(data):
-    return {"both": "dt.py --dataset-id hopper/medium-replay-v0+hopper/medium-v0 --num-seeds 2 --num-updates 3200 "
+    return {"both": "dt.py --dataset-id hopper/medium-replay-v0+hopper/medium-v0 --num-seeds 2 --num-updates 8000 "
                     "--warmup 500 --eval-every 5000 --sweep"}
 
 
@@ -282,7 +282,7 @@ def dt_draw(runs):
     axes.set(ylim=(0, 1.1 * max(data.max(), (achieved + spread).max())), xlim=(-50, 1.02 * asked[-1]))
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     brought = "; ".join(f"{x:.0f} brings {y:.0f}" for x, y in zip(asked, achieved.mean(1)))
-    return figure, (f"Asked for {brought}; the data's episodes return {data.mean():.0f} on average and "
+    return figure, (f"Hopper: asked for a return of {brought}; the data's episodes return {data.mean():.0f} on average and "
                     f"{data.max():.0f} at best.")
 
 

@@ -288,6 +288,7 @@ def test_who_cannot_be_compared(root, evaluations, change):
     ("eval.csv", HEAD + "\n1000,0,10,5,1,2,3,4\n1000,1,10,5,1,2,3,\n", "a number is missing"),
     ("eval.csv", HEAD + "\n1000,0,10,5,1,2,3,4\n1000,0,10,5,1,2,3,4\n", "a seed stands twice in an evaluation"),
     ("eval.csv", HEAD + "\n1000,7,10,5,1,2,3,4\n", "index 7 is out of bounds"),
+    ("eval.csv", HEAD + "\n1000,-1,10,5,1,2,3,4\n", "a seed is below 0"),
     ("eval.csv", "update,seed\n1,0\n", "'episodes'"),
     ("eval.csv", None, "No such file"),
     ("run.json", "{", "Expecting property name"),
@@ -300,6 +301,12 @@ def test_a_broken_file_is_named_in_one_sentence(root, capsys, name, text, said):
     message = refused(capsys, 2)
     assert str(path) in message and said in message
     assert "old" in (root / "README.md").read_text() and not (root / "benchmark_results" / "REPORT.md").exists()
+
+
+@pytest.mark.parametrize("change", [{"about": {"wall_seconds": None}}, {"args": {"num_updates": "many"}}])
+def test_a_value_of_another_kind_is_named_in_one_sentence(root, capsys, change):
+    path = put(root, "a-v0", "bc", [1, 2, 3], **change)
+    assert f"{path} cannot be used" in refused(capsys, 2)
 
 
 def test_what_else_is_wrong(root, capsys):

@@ -179,6 +179,19 @@ def test_every_row_names_a_file_and_its_flags(cells):
         assert set(cell.typed) <= set(cell.default), cell.name
 
 
+def test_a_switched_off_flag_and_damaged_results(tmp_path):
+    (tmp_path / "grid.toml").write_text(
+        '[[cell]]\ncommand = "python algorithms/bc.py --dataset-id a/b --no-track --num-seeds 3"\n')
+    cell, = run.read_grid(tmp_path / "grid.toml", tmp_path / "runs")
+    assert cell.typed == {"dataset_id": "a/b", "track": "False", "num_seeds": "3"}
+    cell.results.mkdir(parents=True)
+    (cell.results / "eval.csv").write_text("")
+    (cell.results / "args.json").write_text(json.dumps({**cell.default, "dataset_id": "a/b", "num_seeds": 3}))
+    for about, said in ('{"method": "bc"}', ""), ("{}", "damaged"), ("[]", "damaged"), ("{", "damaged"):
+        (cell.results / "run.json").write_text(about)
+        assert run.differs(cell, cell.results).startswith(said) and bool(said) == bool(run.differs(cell, cell.results))
+
+
 @pytest.mark.parametrize("dataset", ["hopper-medium-v0", "hopper-medium-replay-v0"])
 @pytest.mark.parametrize("method", ["bc", "td3_bc", "iql"])
 def test_committed_results_count_as_finished(dataset, method, cells):
