@@ -357,13 +357,12 @@ LANDER_METHODS = {
 
 
 def cql_discrete_runs(data):
-    updates = {"mixed": 50000, "half": 20000}
-    return {f"{part} {label}": f"{command} {flags} --num-updates {updates[part]}"
+    return {f"{part} {label}": f"{command} {flags} --num-updates 50000"
             for part, flags in lander_sets(data).items() for label, (_, command) in LANDER_METHODS.items()}
 
 
 def cql_discrete_draw(runs):
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex="col", sharey="row", layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, sharey="row", layout="constrained")
     for (part, title), (above, below) in zip(LANDER_SETS.items(), axes.T):
         lander_lines(above)
         for i, (label, (name, _)) in enumerate(LANDER_METHODS.items()):
@@ -372,12 +371,12 @@ def cql_discrete_draw(runs):
             if label != "cloning":  # which does not ask its critic
                 curve(below, losses(run, "q_start"), "value", color=f"C{i}", label=f"{name}: $Q(s_0, \\pi(s_0))$")
                 curve(below, evals(run), "discounted_return_mean", color=f"C{i}", ls="--", label="discounted return")
-        above.set(title=title, ylim=(-500, 310))
-        below.set(xlabel="updates", ylim=(-150, 135))
+        above.set(title=title, ylim=(-800, 310))
+        below.set(xlabel="updates", ylim=(-250, 250))
     axes[0, 0].set_ylabel("return of an episode")
     axes[1, 0].set_ylabel("discounted value")
-    axes[0, 1].legend(fontsize=7, loc="lower right")
-    axes[1, 0].legend(fontsize=7, loc="lower right")
+    for i, place in (0, "outside upper center"), (1, "outside lower center"):
+        figure.legend(*axes[i, 0].get_legend_handles_labels(), loc=place, ncols=4, fontsize=8)
     return figure, "LunarLander, mean return of the last 2 evaluations: " + "; ".join(
         f"{title}, {last(evals(runs[f'{part} dqn']), 'update'):,.0f} updates: " + ", ".join(f"{name} {np.mean(lately(evals(runs[f'{part} {label}']), 'return_mean')):.0f}"
                                  for label, (name, _) in LANDER_METHODS.items())
