@@ -88,7 +88,7 @@ def first_steps(dataset_id, n, path):
 def sac_offline_runs(data):
     small = first_steps("hopper/medium-v0", 10_000, data / "hopper-medium-10000.hdf5")
     return {"100000": "sac_offline.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000",
-            "10000": f"sac_offline.py --dataset-id {small} --env-id Hopper-v5 --num-seeds 3 --num-updates 20000"}
+            "10000": f"sac_offline.py --dataset-id {small} --env-id Hopper-v5 --num-seeds 3 --num-updates 50000"}
 
 
 def q_and_returns(runs, titles):
