@@ -12,7 +12,7 @@ Ross, Gordon & Bagnell, AISTATS 2011. https://arxiv.org/abs/1011.0686  (Algorith
         L_pi = E_D[ (pi(s) - pi*(s))^2 ]
     beta_i = p^(i-1),   with p = 0 the indicator of i = 1
 
-    python algorithms/dagger.py --num-seeds 3 --num-updates 20000
+    python algorithms/dagger.py --num-seeds 3 --num-updates 50000
 
 Departs from the paper: each round goes on from the weights of the last one, with a fixed number of Adam steps on all of
 D, on observations normalised by D; the last policy is kept, not the best on validation data; a round is a fixed number
