@@ -298,15 +298,15 @@ def text(name, rows, facts):
     rest = [[row["what"], row["method"], row["S"], number(row, "per_second", ",.0f"), number(row, "seconds", ",.2f")]
             for row in rows if row["what"] != "updates"]
     return "\n\n".join([
-        f"## {facts['device']}", ", ".join(f"{key} {value}" for key, value in facts.items() if key != "device"),
+        f"## {facts['device']}" + ", freed memory kept" * (facts.get("freed memory") == "kept"), ", ".join(f"{key} {value}" for key, value in facts.items() if key != "device"),
         table(lines, ["method", "S", "mode", "precision", "updates/s", "seeds x updates/s", "floor, updates/s", "of the floor",
                       "peak MiB"]),
-        table(rest, ["part", "", "S", "per second", "seconds"])])
+        *[table(rest, ["part", "", "S", "per second", "seconds"])] * bool(rest)])
 
 
 def report(place=OUT):
     parts = [text(path.stem, list(csv.DictReader(path.open())), json.loads(path.with_suffix(".json").read_text()))
-             for path in sorted(place.glob("*.csv"))]
+             for path in sorted(place.glob("*.csv"), key=lambda path: path.stem)]
     head = ("# Speed\n\nMade by `python benchmark_results/speed.py`; medians over rounds in which all that is compared "
             "alternates. An update is one of all S agents. The floor is the time of the same matrix products alone; "
             "`control` is TD3+BC as it is usually written. Lines marked extrapolated are computed from measured parts.")
