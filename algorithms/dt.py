@@ -56,8 +56,8 @@ class Args:
     num_heads: int = 1  # of attention; divides hidden_dim
     dropout: float = 0.1  # of embeddings, attention weights and residual branches
     return_scale: float = 1000.0  # returns to go are divided by it
-    target_return: float | None = None  # asked for in evaluations; none: the data's best. The paper, on its way to
-    # D4RL's sets: Hopper 3600 and 1800, HalfCheetah 12000 and 6000, Walker2d 5000 and 2500
+    target_return: float | None = None  # asked for in evaluations; none: the data's best
+    # The paper's: Hopper 3600 and 1800, HalfCheetah 12000 and 6000, Walker2d 5000 and 2500.
     sweep: bool = False  # at the end, also ask for 7 returns from the data's worst to beyond its best: targets.csv
 
 
@@ -492,10 +492,10 @@ def check(args):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
     for name, value in vars(args).items():
         least = name not in ("seed", "eval_episodes", "eval_workers")
-        one = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
-        real = one or name in ("alpha", "beta", "cql_alpha", "cql_target_gap", "penalty") and value is not None
+        fraction = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
+        top = 1 if fraction else 1e9 * bool(value is not None and re.fullmatch("alpha|beta|cql_.*|penalty", name))
         if (type(value) is int and type(getattr(Args, name)) is not float and not least <= value < 2**63
-                or real and not 0 <= value <= (1 if one else 1e9) or name.endswith(("_lr", "_rate")) and not value > 0):
+                or top and not 0 <= value <= top or name.endswith(("_lr", "_rate")) and not value > 0):
             fail(f"--{name.replace('_', '-')} cannot be {value}")
     cuda = torch.cuda.is_available()
     args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device

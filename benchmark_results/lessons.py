@@ -649,6 +649,7 @@ def run(name, label, command, fresh):
         for path in done.parent.glob(pattern):
             text = re.sub('"out_dir": .*', '"out_dir": "runs",', path.read_text())
             (part / path.name).write_text(text.replace(str(ROOT) + os.sep, ""))
+    shutil.rmtree(kept, ignore_errors=True)
     part.replace(kept)  # whole or not there
     return kept
 

@@ -175,6 +175,7 @@ def read_all():
 
 
 def beside(dataset):
+    """Where the facts of a set are kept."""
     return ROOT / "benchmark_results" / re.sub(r"[^\w.-]+", "-", dataset) / "data.json"
 
 

@@ -53,13 +53,16 @@ def fail(message, status=2):
 
 
 # --- the table ---
-def flags(words):
-    """{name: text} of the flags of a command line; "True" for one without a value."""
+def flags(words, default):
+    """{name: text} of the flags of a command line; "True" for one without a value, --no-NAME is NAME "False"."""
     found = {}
     for word, after in zip(words, [*words[1:], "--"]):
         name, equals, value = word[2:].partition("=")
-        if word.startswith("--"):
-            found[name.replace("-", "_")] = value if equals else "True" if after.startswith("--") else after
+        name = name.replace("-", "_")
+        if word.startswith("--no-") and name[3:] in default:
+            found[name[3:]] = "False"
+        elif word.startswith("--"):
+            found[name] = value if equals else "True" if after.startswith("--") else after
     return found
 
 
@@ -80,8 +83,7 @@ def read_grid(path, runs):
         for row in tomllib.loads(path.read_text())["cell"]:
             words = shlex.split(row["command"])
             default = defaults(words[1])
-            typed = {name.removeprefix("no_") if name[3:] in default else name: "False" if name[3:] in default else value
-                     for name, value in flags(words).items()}
+            typed = flags(words, default)
             asked = {"env_id": "", **default, **typed}
             name = re.sub("[/+]+", "-", asked.get("dataset_id", asked["env_id"]))[-80:].strip("-.")  # as Run names it
             name += "/" + row.get("label", Path(words[1]).stem)

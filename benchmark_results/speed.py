@@ -12,6 +12,7 @@ Writes benchmark_results/speed/<device>.csv and benchmark_results/SPEED.md when 
 was; with MALLOC_MMAP_MAX_=0 in the environment, as run.py has it for its cells, the file is <device>-keeps-memory.csv.
 """
 import argparse
+import contextlib
 import copy
 import csv
 import importlib
@@ -183,8 +184,8 @@ def updates_of(method, S, precision, options, device):
 
 
 def forget_peak():
-    """Starts the measurement of peak_memory, where Linux lets it."""
-    if sys.platform == "linux":
+    """Starts the measurement of peak_memory, where the system can."""
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -294,11 +295,13 @@ def text(name, rows, facts):
     number = lambda row, key, form: format(float(row[key]), form) if row.get(key) else ""
     lines = [[row["method"], row["S"], row["mode"], row["precision"], number(row, "per_second", ",.1f"),
               number(row, "seed_updates_per_second", ",.1f"), number(row, "floor_per_second", ",.1f"),
-              number(row, "of_floor", ".2f"), number(row, "peak_mib", ",.0f").replace("nan", "")] for row in rows if row["what"] == "updates"]
+              number(row, "of_floor", ".2f"), number(row, "peak_mib", ",.0f").replace("nan", "")]
+             for row in rows if row["what"] == "updates"]
     rest = [[row["what"], row["method"], row["S"], number(row, "per_second", ",.0f"), number(row, "seconds", ",.2f")]
             for row in rows if row["what"] != "updates"]
     return "\n\n".join([
-        f"## {facts['device']}" + ", freed memory kept" * (facts.get("freed memory") == "kept"), ", ".join(f"{key} {value}" for key, value in facts.items() if key != "device"),
+        f"## {facts['device']}" + ", freed memory kept" * (facts.get("freed memory") == "kept"),
+        ", ".join(f"{key} {value}" for key, value in facts.items() if key != "device"),
         table(lines, ["method", "S", "mode", "precision", "updates/s", "seeds x updates/s", "floor, updates/s", "of the floor",
                       "peak MiB"]),
         *[table(rest, ["part", "", "S", "per second", "seconds"])] * bool(rest)])

@@ -31,7 +31,7 @@ def fail(message):
 
 
 def task_of(folder):
-    """The module of a run's method, the Task that it acted in, and the steps that its policy sees, 0 for the last alone."""
+    """The module of a run's method, its Task, and how many steps its policy sees, 0 for an observation alone."""
     try:
         flags = json.loads((folder / "args.json").read_text())
         module = import_module(json.loads((folder / "run.json").read_text())["method"])
@@ -62,7 +62,8 @@ def import_mujoco():
 
 def renderer(spec, problem):
     """The environment with pictures; MuJoCo's camera follows where the model has one that does."""
-    mujoco, sys.unraisablehook = "mujoco" in str(spec.entry_point), lambda error: None  # a viewer without context, deleted
+    mujoco = "mujoco" in str(spec.entry_point)
+    sys.unraisablehook = lambda error: None  # of Gymnasium's viewer when it goes without having come to a context
     for follow in [] if problem and mujoco else [{"camera_name": "track"}] * mujoco + [{}]:
         try:
             with warnings.catch_warnings(action="ignore"):

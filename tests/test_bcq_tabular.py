@@ -195,7 +195,6 @@ def test_returns_where_a_step_has_several_rewards():
     assert any(len({(x, r) for _, x, r, _ in steps}) > len({x for _, x, _, _ in steps})
                for actions in env.P.values() for steps in actions.values())
     task = bcq.MDP(bcq.Args(env_id="CliffWalkingSlippery-v1"))
-    mean = square = 0.0
     paths = [(float(p), s, 0.0) for s, p in enumerate(env.initial_state_distrib) if p]
     for _ in range(3):
         paths = [(p * q / 4, x, total + r) for p, s, total in paths for a in range(4) for q, x, r, _ in env.P[s][a]]

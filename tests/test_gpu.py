@@ -1,17 +1,34 @@
 """The same update as a CUDA graph and eagerly, and one run of each file on a GPU."""
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import DISCRETE, METHODS, OFFLINE, checkpoint, flat, small
+from conftest import ALL, DISCRETE, OFFLINE, checkpoint, flat, small
 
 pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("method", [*METHODS, "dt"])
+FLAGS = {"mopo": dict(batch_size=40, rollout_batch=20, model_epochs=2, model_hidden_dim=16)}
+
+
+def args_of(method, hopper, out, device):
+    """Args of a run of 40 updates of 3 agents on a device."""
+    args = dict(device=device, num_seeds=3)
+    if method not in ("dagger", "bcq_tabular"):
+        return small(method, hopper, out, **args, **FLAGS.get(method, {}))
+    args.update(num_updates=40, eval_every=20, out_dir=str(out))
+    if method == "dagger":
+        args.update(expert=str(ROOT / "datasets/hopper/expert.pt2"), rounds=2, steps_per_round=60, batch_size=16,
+                    hidden_dim=16, eval_episodes=1, eval_workers=0)
+    return import_module(method).Args(**args)
+
+
+@pytest.mark.parametrize("method", ALL)
 def test_a_run_on_cuda(method, hopper, tmp_path, capsys):
     module = import_module(method)
-    folder = module.main(small(method, hopper, tmp_path, device="cuda", num_seeds=3))
+    folder = module.main(args_of(method, hopper, tmp_path, "cuda"))
     assert checkpoint(folder)["update"] == 40 and (folder / "policy.pt2").exists()
     assert "no CUDA graph" not in capsys.readouterr().err
     module.main(module.Args(resume=str(folder)))
