@@ -64,7 +64,7 @@ class Args:
     model_hidden_dim: int = 200  # units in each of their four hidden layers
     model_lr: float = 1e-3  # of Adam
     model_epochs: int = 80  # at most; the fit ends after 6 epochs in a row without a better network
-    # --- MOPO: the policy; horizon, penalty of the authors (D4RL v0), of OfflineRL-Kit (v2, actor 1e-4, H -dim A) ---
+    # --- MOPO: the policy; horizon, penalty of the authors (D4RL v0), of OfflineRL-Kit (v2, actor 1e-4, H = -dim A) ---
     #              random  medium  medium-replay  medium-expert    v2: medium  medium-replay  medium-expert
     # Hopper       5 1     5 5     5 1            5 1                  5 5     5 2.5          5 5
     # HalfCheetah  5 0.5   1 1     5 1            5 5                  5 0.5   5 0.5          5 2.5
