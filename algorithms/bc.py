@@ -22,17 +22,17 @@ import torch.nn as nn
 @dataclass
 class Args:
     # --- run ---
-    dataset_id: str = "hopper/medium-v0"  # shipped or Minari id, a+b mixture, directory or D4RL .hdf5 file
+    dataset_id: str = "hopper/medium-v0"  # shipped, local or hub id; a+b mixes two; or a directory
     env_id: str = ""  # environment to evaluate in; empty: the one that the data names
     seed: int = 0  # seeds every random stream; agent k of a run is not the agent of --seed k
     num_seeds: int = 1  # independent agents trained side by side
     num_updates: int = 1_000_000  # gradient steps of each agent
     eval_every: int = 5_000  # updates between two evaluations
     eval_episodes: int = 10  # episodes per agent and evaluation; 0: no evaluation
-    eval_workers: int = 4  # at most so many processes evaluate while training goes on; 0: in line
-    device: str = "auto"  # cuda, cpu, or auto: cuda where there is one
+    eval_workers: int = 4  # at most so many processes evaluate while training goes on
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
     out_dir: str = "runs"  # the run's directory is made in here
-    resume: str = ""  # directory of an interrupted run to go on with
+    resume: str = ""  # directory of an interrupted run to go on with, with its flags
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "offline-rl"  # its project
     # --- optimisation ---
@@ -83,13 +83,12 @@ def prepare(data, args):
     data.obs, data.next_obs = (data.obs - data.mean) / data.std, (data.next_obs - data.mean) / data.std
 
 
-class Agent:
+class Agent(nn.Module):
     def __init__(self, args, obs_dim, act_dim, data):
-        self.args, self.data = args, data
-        self.actor = Actor(args.num_seeds, obs_dim, act_dim, args.hidden_dim).to(args.device)
+        super().__init__()
+        self.args, self.data, self.updates_per_call = args, data, 1
+        self.actor = self.policy = Actor(args.num_seeds, obs_dim, act_dim, args.hidden_dim)
         self.actor_opt = adam(self.actor, args.learning_rate)
-        self.policy, self.updates_per_call = self.actor, 1
-        self.modules, self.optimizers = {"actor": self.actor}, {"actor": self.actor_opt}
 
     def update(self):
         l_pi = actor_loss(self.actor, sample(self.data, self.args))
@@ -98,14 +97,27 @@ class Agent:
 
 
 # --- shared: imports ---
-import functools, io, json, multiprocessing, os, pickle, platform, re, signal, subprocess, sys, threading, time
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
-from copy import deepcopy
-from dataclasses import replace
+import contextlib, copy, functools, json, math, os, pickle, re, signal, subprocess, sys, threading, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
-import gymnasium as gym, h5py, huggingface_hub, minari, numpy as np, tyro
-from tqdm import tqdm
+import gymnasium as gym, minari, numpy as np, tqdm, tyro
+
+METHOD = Path(__file__).stem
+DISCRETE = hasattr(Agent, "discrete")  # whether actions are integers from 0 to act_dim - 1
+
+
+def fail(message):
+    sys.exit(f"{METHOD}: {' '.join(message.split())}")
+
+
+@contextlib.contextmanager
+def attempt(problem):
+    try:
+        yield
+    except Exception as error:
+        fail(f"{problem}: {error or type(error).__name__}")
 
 
 # --- shared: optimisation ---
@@ -116,7 +128,7 @@ def adam(module, lr):
 
 
 def step(opt, loss):
-    """One step down the loss (S,). The gradient of its sum keeps seeds apart: each weight belongs to one seed."""
+    """One step down the loss (S,). Its sum keeps seeds apart, since each weight belongs to one seed."""
     params = opt.param_groups[0]["params"]
     for p, grad in zip(params, torch.autograd.grad(loss.sum(), params)):
         p.grad = grad
@@ -129,106 +141,58 @@ def polyak(target, online, tau):
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
-def cuda_graph(agent):
-    """`agent.update`; on CUDA three calls warm up and the fourth becomes the graph that is replayed from then on."""
-    if agent.args.device == "cpu":
-        return agent.update
-    stream = torch.cuda.Stream()  # warm-up before a capture belongs on a side stream
-    torch.cuda.synchronize()
-    torch.cuda.set_stream(stream)
-
-    def calls():
-        for _ in range(3):
-            yield agent.update()
-        update, graph, rng = agent.update, torch.cuda.CUDAGraph(), torch.cuda.get_rng_state()
-        try:
-            with torch.cuda.graph(graph):  # records and does not run: the agent stays as it is
-                losses = agent.update()
-            update = lambda: graph.replay() or losses
-        except Exception as error:
-            tqdm.write(f"no CUDA graph, going on without: {error}", sys.stderr)
-            torch.cuda.set_stream(stream)
-            torch.cuda.set_rng_state(rng)
-        while True:
-            yield update()
-
-    return calls().__next__
+def cuda_graph(update):
+    """Yields what `update` returns: after three calls it is recorded once, and replayed from then on."""
+    for _ in range(3):
+        yield update()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # records without running
+        losses = update()
+    while True:
+        graph.replay()  # fills the tensors in `losses` again
+        yield losses
 
 
 # --- shared: data ---
 def load(args):
-    """The Task of --dataset-id with its N transitions: obs, next_obs (N, obs_dim), action (N, act_dim) in [-1, 1] or
-    (N,) in [0, A), reward, terminated, episode (N,). Truncated steps stay, with their next_obs, not terminated."""
-    name, sets, episodes, discrete = args.dataset_id, [], [], hasattr(Agent, "discrete")
-    try:
+    """The Task of --dataset-id with its N transitions: obs, next_obs (N, obs_dim), action (N, act_dim) in
+    [-1, 1] or (N,), reward, terminated, episode (N,). Steps cut off by a time limit are not terminated."""
+    name, env, episodes = args.dataset_id, None, []
+    with attempt(f"--dataset-id {name} is no directory, set of datasets/ or the hub, or no match for --env-id"):
         for part in [name] if Path(name).exists() else name.split("+"):
-            sets.append(None if part.endswith(".hdf5") else find(part))
-            for i, episode in enumerate(read_d4rl(part) if sets[-1] is None else read_minari(sets[-1])):
-                obs, next_obs, action, reward, terminated = map(np.asarray, episode)
-                found = [x.ndim for x in (obs, reward, terminated, action)], action.dtype.kind in "iu"
-                if found != ([2, 1, 1, 2 - discrete], discrete):
-                    fail(f"{part} does not hold vectors of observations, {KIND[discrete]} actions, numbers as rewards")
-                if len({len(x) for x in (obs, next_obs, action, reward, terminated)}) > 1:
-                    fail(f"{part}: episode {i} needs one observation more than its {len(action)} actions")
-                if not all(np.isfinite(x).all() for x in (obs, next_obs, action, reward)):
-                    fail(f"{part}: episode {i} holds NaN or inf")
-                if len(obs):
-                    episodes.append([x.astype(np.float32) for x in (obs, next_obs, action, reward, terminated)])
-        lengths = torch.tensor([len(obs) for obs, *_ in episodes], dtype=torch.long)
-        if lengths.sum() < args.batch_size:
-            fail(f"{name} holds {lengths.sum()} transitions, fewer than --batch-size {args.batch_size}")
-        obs, next_obs, action, reward, terminated = (
-            torch.from_numpy(np.concatenate(x)).to(args.device) for x in zip(*episodes))
-    except Exception as error:
-        fail(f"{part} cannot be read: {error or type(error).__name__}")
-    act_dim = int(action.max()) + 1 if discrete else action.shape[1]
-    data = Task(args, next((x for x in sets if x is not None), None), obs.shape[1], act_dim)
-    action = (action - data.shift) / data.scale
-    low, high = (0, data.act_dim - 1) if discrete else (-1, 1)
-    if (discrete or None in sets and data.spec is None) and not low <= action.min() <= action.max() <= high:
-        fail(f"{name} has actions outside [{low}, {high}]: name its environment with --env-id")
-    data.obs, data.next_obs, data.reward, data.terminated = obs, next_obs, reward, terminated
-    data.action = action.clamp(low, high).to(torch.long if discrete else torch.float32)
-    data.episode = torch.arange(len(lengths)).repeat_interleave(lengths).to(args.device)
+            dataset = find(part)
+            for episode in dataset.iterate_episodes():
+                obs, action, reward = flat(episode.observations), episode.actions, episode.rewards
+                assert len(obs) == len(action) + 1, "episodes need one observation more than actions"
+                episodes.append((obs[:-1], obs[1:], reward, episode.terminations, action))
+        length = torch.tensor([len(action) for *_, action in episodes])
+        assert sum(length) >= args.batch_size, f"{sum(length)} transitions are fewer than --batch-size"
+        *floats, action = (torch.tensor(np.concatenate(x)) for x in zip(*episodes))
+        env = gym.make(args.env_id) if args.env_id else None
+        if args.eval_episodes and dataset.env_spec and not env:
+            env = dataset.recover_environment(eval_env=True)
+        space = env.action_space if env else dataset.action_space
+        data = Task(env, space, floats[0].shape[-1], dataset.storage.metadata)
+        data.obs, data.next_obs, data.reward, data.terminated = (x.float() for x in floats)
+        data.episode = torch.arange(len(length)).repeat_interleave(length)
+        fits = data.obs.ndim == 2 and data.reward.ndim == 1 and action.shape[1:] == space.shape
+        assert fits, f"observations have to be vectors, rewards numbers, actions of {space}"
+        assert not env or data.obs[0].shape == flat(env.reset()[0]).shape, "the observations differ"
+        action = (action - data.shift) / data.scale
+        assert not DISCRETE or 0 <= action.min() <= action.max() < data.act_dim, f"its actions leave {space}"
+        assert all(x.isfinite().all() for x in (*floats, action)), "there is NaN or inf in it"
+        data.action = action.long() if DISCRETE else action.float().clamp(-1, 1)
     return data
 
 
 def find(name):
-    """A Minari dataset by its directory or its id: one that ships, a local one, else one from the hub."""
-    shipped = Path(__file__).resolve().parent.parent / "datasets"
-    local = Path(os.environ.get("MINARI_DATASETS_PATH", "~/.minari/datasets")).expanduser()
-    found = [place for place in (Path(name), shipped / name, local / name) if (place / "data").is_dir()]
-    try:
-        if not found and (Path(name).exists() or not re.search(r"\w-v\d+$", name)):
-            raise ValueError("a directory needs a folder data/, an id a version like -v0")
-        if not found:
-            huggingface_hub.logging.set_verbosity_error()  # not a line for each retry
-            minari.download_dataset(name)
-        return minari.MinariDataset((found or [local / name])[0] / "data")
-    except Exception as error:
-        ships = ", ".join(sorted(str(x.parent.relative_to(shipped)) for x in shipped.glob("**/data"))) or "nothing"
-        fail(f"no dataset {name!r} ({error}); {ships} ships here, local sets are looked for in {local}, "
-             "`minari list remote` lists the hub, and a directory or a D4RL .hdf5 file will do as well")
-
-
-def read_minari(dataset):
-    """Per episode: obs, next_obs, action, reward, terminated."""
-    for episode in dataset.iterate_episodes():
-        obs = flat(episode.observations, dataset.observation_space)
-        yield obs[:-1], obs[1:], episode.actions, episode.rewards, episode.terminations
-
-
-def read_d4rl(path):
-    """The same of a D4RL file; a timed-out episode loses its last step if there are no next_observations."""
-    with h5py.File(path) as file:
-        obs, action, reward, terminated, timeout = (
-            file[key][()] for key in ("observations", "actions", "rewards", "terminals", "timeouts"))
-        whole = "next_observations" in file
-        next_obs = file["next_observations"][()] if whole else np.roll(obs, -1, 0)
-    ends = np.unique([*np.flatnonzero(terminated.astype(bool) | timeout.astype(bool)) + 1, len(obs)])
-    for i, j in zip([0, *ends], ends):
-        steps = slice(i, j if whole or terminated[j - 1] else j - 1)
-        yield obs[steps], next_obs[steps], action[steps], reward[steps], terminated[steps]
+    """A Minari dataset: a directory, one that ships with this repository, a local one, one of the hub."""
+    for place in Path(name), Path(__file__).resolve().parent.parent / "datasets" / name:
+        if (place / "data").is_dir():
+            return minari.MinariDataset(place / "data")
+    assert re.search(r"\w-v\d+$", name), "an id ends in a version like -v0"
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else a line for each retry
+    return minari.load_dataset(name, download=True)
 
 
 def sample(data, args):
@@ -240,64 +204,42 @@ def sample(data, args):
 # --- shared: task ---
 REFERENCE = {  # D4RL's returns of a random and an expert policy, d4rl/infos.py
     "HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3), "Walker2d": (1.629008, 4592.3)}
-KIND = "bounded continuous", "discrete"  # actions; the second if Agent has an attribute of that name
 
 
 class Task:
-    """Where a policy acts: environment `spec` or None, `obs_dim`, action bounds `shift` +- `scale` (act_dim,), `shift`
-    the first of act_dim discrete ones, `reference` returns (random, expert) or NaN, `mean`, `std` (obs_dim,) of obs."""
+    """Where a policy acts: it sees (obs - mean) / std, and the environment gets shift + scale * action."""
 
-    def __init__(self, args, dataset=None, obs_dim=None, act_dim=None):
-        self.spec, self.obs_space, reference, discrete = None, None, (np.nan, np.nan), hasattr(Agent, "discrete")
-        space = gym.spaces.Discrete(act_dim or 1) if discrete else gym.spaces.Box(-1, 1, (act_dim or 1,))
-        if dataset is not None:
-            self.obs_space, space, known = dataset.observation_space, dataset.action_space, dataset.storage.metadata
-            reference = known.get("ref_min_score", np.nan), known.get("ref_max_score", np.nan)
-        try:
-            if args.env_id or args.eval_episodes and dataset is not None and dataset.env_spec:
-                env = gym.make(args.env_id) if args.env_id else dataset.recover_environment(eval_env=True)
-                self.spec, self.obs_space, space = env.spec, self.obs_space or env.observation_space, env.action_space
-                self.spec.max_episode_steps = env.spec.max_episode_steps or 1000  # an episode has to end
-                shape = flat(env.reset(seed=0)[0], self.obs_space).shape
-                if len(shape) != 1 or obs_dim not in (None, *shape):
-                    raise ValueError(f"its observations have shape {shape}, the data's ({obs_dim or 'any'},)")
-                (obs_dim,) = shape
-            if obs_dim is None:
-                raise ValueError("no --env-id")
-        except Exception as error:
-            fail(f"no environment to act in ({error}): install it, name another with --env-id, or --eval-episodes 0")
-        if discrete and isinstance(space, gym.spaces.Discrete):
-            self.act_dim, bounds = int(space.n), (int(space.start), 1)
-        elif (not discrete and isinstance(space, gym.spaces.Box) and space.is_bounded() and len(space.shape) == 1
-                and act_dim in (None, *space.shape)):
-            self.act_dim, bounds = len(space.low), ((space.high + space.low) / 2, (space.high - space.low) / 2)
+    def __init__(self, env, space, obs_dim, metadata):
+        assert isinstance(space, gym.spaces.Discrete) == DISCRETE, f"{METHOD} cannot choose actions in {space}"
+        if DISCRETE:
+            self.act_dim, self.shift, self.scale = int(space.n), torch.tensor(int(space.start)), torch.tensor(1)
         else:
-            fail(f"{METHOD} needs {KIND[discrete]} actions that fit the data, not {space}")
-        dtype, self.obs_dim = torch.long if discrete else torch.float32, obs_dim
-        self.shift, self.scale = (torch.tensor(x, dtype=dtype, device=args.device) for x in bounds)
-        self.mean, self.std = torch.zeros(obs_dim, device=args.device), torch.ones(obs_dim, device=args.device)
-        self.reference = REFERENCE.get(self.spec and self.spec.name, reference)
+            low, high = torch.tensor(space.low), torch.tensor(space.high)
+            self.act_dim, self.shift, self.scale = len(low), (high + low) / 2, (high - low) / 2
+        self.obs_dim, self.mean, self.std = obs_dim, torch.zeros(obs_dim), torch.ones(obs_dim)
+        own = metadata.get("ref_min_score", math.nan), metadata.get("ref_max_score", math.nan)
+        self.spec, self.reference = (env.spec, REFERENCE.get(env.spec.name, own)) if env else (None, own)
 
 
-def flat(obs, space):
-    """Observations as vectors (..., obs_dim): of a Dict the entries that the data has, in the order of their keys."""
-    if isinstance(space, gym.spaces.Dict):
-        return np.concatenate([flat(obs[key], space[key]) for key in sorted(space)], -1)
+def flat(obs):
+    """Observations as vectors: the entries of a Dict are joined in the order of their names."""
+    if isinstance(obs, dict):
+        return np.concatenate([flat(obs[key]) for key in sorted(obs)], -1)
     return np.asarray(obs, np.float32)
 
 
-def draw_seed(*key):
-    """A seed for one stream of random numbers, fixed by the integers of its key."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
+@functools.lru_cache(1)
+def environments(spec, n):
+    return [gym.make(pickle.loads(spec), disable_env_checker=True) for _ in range(n)]
 
 
 # --- shared: evaluation ---
 class RawPolicy(nn.Module):
-    """From raw observations, (B, obs_dim) or (S, B, obs_dim), to environment actions (S, B, act_dim), on the CPU."""
+    """On the CPU, from raw observations, (B, obs_dim) or (S, B, obs_dim), to actions of the environment."""
 
     def __init__(self, policy, S, task):
         super().__init__()
-        self.policy, self.S = deepcopy(policy).cpu(), S
+        self.policy, self.S = copy.deepcopy(policy).cpu(), S
         for name in ("mean", "std", "shift", "scale"):
             self.register_buffer(name, getattr(task, name).cpu())
         self.eval().requires_grad_(False)
@@ -307,304 +249,210 @@ class RawPolicy(nn.Module):
         return self.shift + self.scale * self.policy(s.expand(self.S, *s.shape[-2:]))
 
 
-def export(policy):
-    """RawPolicy as a .pt2 file: `torch.export.load(path).module()` maps obs (B, obs_dim) to actions (S, B, act_dim)."""
-    buffer, example, batch = io.BytesIO(), torch.zeros(2, len(policy.mean)), {0: torch.export.Dim("B")}
-    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=(batch,)), buffer)
-    return buffer.getvalue()
-
-
-@functools.lru_cache(1)
-def environments(spec, n):
-    return [gym.make(pickle.loads(spec), disable_env_checker=True) for _ in range(n)]
+def export(policy, path):
+    """`torch.export.load(path).module()` maps obs (B, obs_dim) to actions (S, B, act_dim), or (S, B)."""
+    example, batch = torch.zeros(2, len(policy.mean)), {0: torch.export.Dim("B")}
+    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=(batch,)), path)
 
 
 @torch.no_grad()
-def evaluate(policy, spec, obs_space, update, seeds, alive, gamma, reference):
-    """Rows of eval.csv for the agents `alive`: each acts in the n episodes that begin with its seeds (S, n)."""
-    policy, (S, n), (low, high) = pickle.loads(policy), seeds.shape, reference
-    envs, running, sums = environments(spec, S * n), np.repeat(alive, n), np.zeros((3, S * n))
-    obs = np.stack([flat(env.reset(seed=int(seed))[0], obs_space) for env, seed in zip(envs, seeds.flat)])
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(seeds[0, 0]))
-        while running.any():
-            action = policy(torch.from_numpy(obs).view(S, n, -1)).flatten(0, 1).numpy()
-            for i in np.flatnonzero(running):
-                next_obs, reward, terminated, truncated, _ = envs[i].step(action[i])
-                obs[i], running[i] = flat(next_obs, obs_space), not (terminated or truncated)
-                sums[:, i] += reward, gamma ** sums[2, i] * reward, 1
-    total, discounted, length = sums.reshape(3, S, n)
-    mean, std = total.mean(1), total.std(1)
-    rows = np.stack([mean, std, discounted.mean(1), length.mean(1), 100 * (mean - low) / (high - low)], 1).tolist()
-    return [[update, k, n, *row] for k, row in enumerate(rows) if alive[k]]
+def evaluate(policy, spec, seeds, gamma, reference):
+    """Return, its deviation, discounted return, length, score (S, 5) of episodes begun with `seeds` (S, n)."""
+    policy, envs, (S, n) = pickle.loads(policy), environments(spec, seeds.size), seeds.shape
+    obs = np.stack([flat(env.reset(seed=int(seed))[0]) for env, seed in zip(envs, seeds.flat)])
+    finite = torch.stack([p.flatten(1).isfinite().all(1) for p in policy.parameters()]).all(0)  # (S,)
+    sums = np.zeros((3, S * n)) + np.where(finite, 0, math.nan).repeat(n)
+    running = np.flatnonzero(finite.repeat_interleave(n)).tolist()
+    torch.manual_seed(int(seeds[0, 0]))  # for policies that draw
+    while running:
+        action = policy(torch.from_numpy(obs).view(S, n, -1)).flatten(0, 1).numpy()
+        for i in running.copy():
+            next_obs, reward, terminated, truncated, _ = envs[i].step(action[i])
+            obs[i] = flat(next_obs)
+            sums[:, i] += reward, gamma ** sums[2, i] * reward, 1
+            if terminated or truncated or sums[2, i] == 10_000:  # an episode has to end
+                running.remove(i)
+    (total, discounted, length), (low, high) = sums.reshape(3, S, n), reference
+    score = 100 * (total.mean(1) - low) / (high - low)
+    return np.stack([total.mean(1), total.std(1), discounted.mean(1), length.mean(1), score], 1)
+
+
+# --- shared: run ---
+def parse(argv=None):
+    """The flags. With --resume they are those of that run, and few of them may be given anew."""
+    args = tyro.cli(Args, args=argv)
+    if args.resume:
+        with attempt(f"--resume {args.resume} is no use"):
+            saved = Args(**json.loads(Path(args.resume, "args.json").read_text()))
+            args = tyro.cli(Args, args=argv, default=saved)
+            given = {name for name, was in vars(saved).items() if getattr(args, name) != was}
+            fixed = given - {"resume", "num_updates", "device", "eval_workers", "track"}
+            assert not fixed, f"{', '.join(sorted(fixed))} cannot be given anew"
+    return args
+
+
+def setup(args):
+    """Checks numbers and the device, seeds the random streams."""
+    least = {"seed": 0, "eval_episodes": 0, **getattr(Agent, "least", {})}
+    for name, value in vars(args).items():
+        low = least.get(name, 1 if Args.__annotations__[name] in (int, int | None) else 0)
+        if type(value) in (int, float) and not low <= value <= (1 if name in ("gamma", "tau") else sys.maxsize):
+            fail(f"--{name.replace('_', '-')} cannot be {value}")
+    with attempt(f"--device {args.device} is not here"):
+        torch.zeros(1, device=args.device)
+    torch.manual_seed(args.seed)
+    if args.device != "cpu":
+        torch.cuda.set_stream(torch.cuda.Stream(args.device))  # on the default one no graph can be recorded
+        torch.set_float32_matmul_precision("high")  # TF32
 
 
 def start_worker():
     """A worker keeps to one core and ends with its parent, however that ends."""
     torch.set_num_threads(1)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-# --- shared: run ---
-METHOD = Path(__file__).stem
-
-
-def fail(message, status=2):
-    """One sentence on standard error, then the end."""
-    sys.stderr.write(f"{METHOD}: {' '.join(message.split())}\n")
-    raise SystemExit(status)
-
-
-def check(args):
-    """Args with what --resume and --device stand for filled in; impossible ones end the run."""
-    args, saved = replace(args), {}
-    try:
-        saved = json.loads(Path(args.resume, "args.json").read_text()) if args.resume else {}
-    except (OSError, ValueError) as error:
-        fail(f"--resume {args.resume} is no directory of a run: {error}")
-    if saved and saved.keys() != vars(args).keys():
-        fail(f"--resume {args.resume} holds a run of another method than {METHOD}")
-    typed = {word.split("=")[0].lstrip("-").replace("-", "_") for word in sys.argv[1:]}
-    for name, was in saved.items():
-        if getattr(args, name) == getattr(Args, name) and name not in typed:
-            setattr(args, name, was)
-        free = ["resume", "device", "eval_workers", "track"] + ["num_updates"] * (not hasattr(Agent, "schedule"))
-        if getattr(args, name) != was and name not in free:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
-    for name, value in vars(args).items():
-        least = name not in ("seed", "eval_episodes", "eval_workers")
-        fraction = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
-        top = 1 if fraction else 1e9 * bool(value is not None and re.fullmatch("alpha|beta|cql_.*|penalty", name))
-        if (type(value) is int and type(getattr(Args, name)) is not float and not least <= value < 2**63
-                or top and not 0 <= value <= top or name.endswith(("_lr", "_rate")) and not value > 0):
-            fail(f"--{name.replace('_', '-')} cannot be {value}")
-    cuda = torch.cuda.is_available()
-    args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
-    if args.device not in ["cpu"] + ["cuda"] * cuda + [f"cuda:{i}" for i in range(torch.cuda.device_count())]:
-        fail(f"--device {args.device} is not here: it can be {'cuda, ' * cuda}cpu or auto")
-    if args.device != "cpu":
-        torch.cuda.set_device(torch.device(args.device).index or 0)
-        torch.set_float32_matmul_precision("high")  # TF32
-    torch.manual_seed(args.seed)
-    return args
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 class Run:
-    """The directory of a run: `log` follows each call of update, `finish` the last."""
-
-    KEPT = "update", "logged", "seconds", "alive", "evals", "losses", "pending"  # in the checkpoint
+    """The directory of a run: its losses and evaluations so far, and checkpoint.pt for --resume."""
 
     def __init__(self, args, agent, task, total):
-        self.args, self.agent, self.task, per_call = args, agent, task, agent.updates_per_call
-        self.total, self.every, self.log_every = (-(-n // per_call) * per_call for n in (total, args.eval_every, 1000))
-        self.update = self.logged = self.signal = self.seconds = 0
-        self.alive, self.evals, self.losses, self.pending, self.jobs = [True] * args.num_seeds, {}, [], {}, {}
-        name = re.sub("[/+]+", "-", getattr(args, "dataset_id", args.env_id))[-80:].strip("-.")
-        self.dir = Path(args.resume or Path(args.out_dir) / f"{name}__{METHOD}__{args.seed}__{time.time_ns() // 10**6}")
+        self.args, self.agent, self.task, self.total, self.saved = args, agent, task, total, time.time()
+        self.update, self.seconds, self.lost, self.pool, self.jobs, self.stop = 0, 0.0, set(), None, [], False
+        self.losses = ["update,seed,name,value"]
+        self.evals = ["update,seed,episodes,return_mean,return_std,discounted_return_mean,length_mean,score"]
+        self.opts = [x for x in vars(agent).values() if isinstance(x, torch.optim.Optimizer)]
+        data = re.sub("[/+]+", "-", getattr(args, "dataset_id", args.env_id))[-80:].strip("-.")
+        self.dir = Path(args.resume or f"{args.out_dir}/{data}__{METHOD}__{args.seed}__{time.time_ns()}")
         if (self.dir / "checkpoint.pt").exists():
-            self.restore()
-        self.good, self.saved = [(x, x.clone()) for x in self.tensors()], self.update
-        self.began = time.time() - self.seconds
-        if args.track:
-            import wandb
-            try:
-                name = self.dir.resolve().name
-                wandb.init(project=args.wandb_project_name, id=name, config=vars(args), resume="allow")
-                wandb.define_metric("*", step_metric="update")
-            except Exception as error:
-                fail(f"--track: {error}")
+            self.restore(self.dir / "checkpoint.pt")
         self.write("args.json", json.dumps({**vars(args), "resume": ""}, indent=1))
+        if args.track:
+            with attempt("--track"):
+                import wandb
+                wandb.init(project=args.wandb_project_name, id=self.dir.name, resume="allow", config=vars(args))
         self.track = wandb.log if args.track else lambda row: None
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(args.eval_workers, spawn, start_worker) if args.eval_workers else None
-        self.others = set(multiprocessing.active_children())
-        self.handlers = {n: signal.signal(n, self.interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(total=self.total, initial=self.update, desc=METHOD, unit=" updates",
-                        mininterval=0.2 if sys.stderr.isatty() else 20)
-        if args.eval_episodes and not task.spec:
-            tqdm.write(f"{METHOD}: the data names no environment, so nothing is evaluated without --env-id", sys.stderr)
-        for update in self.pending:
-            self.submit(update)
+        self.listen(self.interrupt)
+        self.bar = tqdm.tqdm(desc=METHOD, total=total, initial=self.update, unit=" updates", mininterval=1)
+
+    def listen(self, handler):
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, handler)
 
     def interrupt(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        self.stop = True  # the training loop looks at it
 
     def log(self, losses):
-        """Counts a call of update; now and then looks at its losses {name: (S,)}, evaluates and saves."""
-        self.update += self.agent.updates_per_call
-        self.bar.update(self.agent.updates_per_call)
-        point = self.update % self.every == 0 or self.update >= self.total
-        if point or self.signal or self.update % self.log_every == 0:
-            self.seconds = time.time() - self.began
-            self.examine({name: loss.tolist() for name, loss in losses.items()})
-            if point and self.args.eval_episodes and self.task.spec and any(self.alive):
-                policy = RawPolicy(self.agent.policy, self.args.num_seeds, self.task)
-                self.pending[self.update] = list(self.alive), policy.state_dict()
-                self.submit(self.update)
-            self.collect()
-        if point or self.signal or not any(self.alive):
-            self.save()
+        """Notes the losses {name: (S,)}, for which the host waits for the device; takes in evaluations."""
+        self.track({"update": self.update, **{name: loss.mean().item() for name, loss in losses.items()}})
+        for k, values in enumerate(zip(*(loss.tolist() for loss in losses.values()))):
+            for name, value in zip(losses, values):
+                self.losses.append(f"{self.update},{k},{name},{value:.6g}")
+                if not math.isfinite(value) and k not in self.lost:
+                    self.lost.add(k)
+                    self.bar.write(f"seed {k}: {name} is {value} at update {self.update}", sys.stderr)
+        if len(self.lost) == self.args.num_seeds:
+            fail(f"no seed is finite any more; the last checkpoint is in {self.dir}")
+        self.collect()
 
-    def tensors(self):
-        """The agent's weights and moments, which have a seed dimension."""
-        found = [v for opt in self.agent.optimizers.values() for state in opt.state.values() for v in state.values()]
-        found += [p.data for module in self.agent.modules.values() for p in module.parameters()]
-        return [x for x in found if x.dim() and len(x) == self.args.num_seeds]
+    def evaluate(self):
+        """Hands the policy to a worker, which evaluates it while training goes on."""
+        args, S, n = self.args, self.args.num_seeds, self.args.eval_episodes
+        if n and self.task.spec:
+            seeds = np.random.SeedSequence([args.seed, self.update]).generate_state(S * n).reshape(S, n)
+            self.pool = self.pool or ProcessPoolExecutor(args.eval_workers, get_context("spawn"), start_worker)
+            job = pickle.dumps(RawPolicy(self.agent.policy, S, self.task)), pickle.dumps(self.task.spec), seeds
+            self.listen(signal.SIG_IGN)  # a worker that starts now inherits it: signals are its parent's
+            self.jobs.append((self.update, self.pool.submit(evaluate, *job, args.gamma, self.task.reference)))
+            self.listen(self.interrupt)
 
-    def examine(self, losses):
-        """Notes the losses; a seed that is not finite is named and left out, and its last saved state is kept."""
-        finite = torch.stack([x.reshape(len(x), -1).isfinite().all(1) for x in self.tensors()]).all(0).tolist()
-        for k in np.flatnonzero(self.alive):
-            bad = [f"{name} is {x[k]}" for name, x in losses.items() if not np.isfinite(x[k])]
-            if bad or not finite[k]:
-                self.alive[k] = False
-                tqdm.write(f"seed {k}: {(bad or ['a weight is not finite'])[0]} between updates {self.logged} and "
-                           f"{self.update}; it is left out, its state of update {self.saved} is kept", sys.stderr)
-            else:
-                self.losses += [f"{self.update},{k},{name},{x[k]:.6g}" for name, x in losses.items()]
-        self.track({"update": self.update, **{f"losses/{name}": np.mean(x) for name, x in losses.items()}})
-        self.logged = self.update
+    def collect(self, wait=False):
+        """Takes in evaluations, in their order: those that are done, or all."""
+        n = self.args.eval_episodes
+        while self.jobs and (wait or self.jobs[0][1].done()):
+            update, job = self.jobs.pop(0)
+            with attempt(f"the evaluation of update {update} failed"):
+                rows = job.result()
+            self.evals += ["%d,%d,%d,%.4f,%.4f,%.4f,%.4f,%.4f" % (update, k, n, *x) for k, x in enumerate(rows)]
+            mean = rows.mean(0)
+            self.bar.set_postfix_str(f"return {mean[0]:.1f}, score {mean[4]:.1f}".removesuffix(", score nan"))
+            self.track({"update": update, "return": mean[0], "score": mean[4]})
 
-    def submit(self, update):
-        """Hands an evaluation to a worker, or does it here."""
-        args, task, (alive, weights) = self.args, self.task, self.pending[update]
-        policy, shape = RawPolicy(self.agent.policy, args.num_seeds, task), (args.num_seeds, args.eval_episodes)
-        policy.load_state_dict(weights)
-        seeds = np.reshape([draw_seed(args.seed, update, *i) for i in np.ndindex(shape)], shape)
-        job = (evaluate, pickle.dumps(policy), pickle.dumps(task.spec), task.obs_space,
-               update, seeds, alive, args.gamma, task.reference)
-        handlers = {n: signal.signal(n, signal.SIG_IGN) for n in self.handlers}  # a worker inherits it
-        try:
-            self.jobs[update] = self.pool.submit(*job) if self.pool else functools.partial(*job)
-        except BrokenExecutor as error:
-            self.jobs[update] = Future()
-            self.jobs[update].set_exception(error)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    def collect(self):
-        """Takes in the evaluations that are done."""
-        for update in [update for update, job in self.jobs.items() if not self.pool or job.done()]:
-            job = self.jobs.pop(update)
-            try:
-                self.evals[update] = job.result() if self.pool else job()
-            except Exception as error:
-                self.save()
-                self.close(f"the evaluation of update {update} failed ({error!r}); go on with --resume {self.dir}", 1)
-            del self.pending[update]
-            self.bar.set_postfix_str(self.summary())
-            mean = np.mean(self.evals[update], 0)
-            self.track({"update": update, "eval/return": mean[3], "eval/score": mean[7]})
-
-    def summary(self):
-        """The last evaluation: mean and deviation over seeds, of a single seed over its episodes."""
-        rows, (low, high) = np.array(self.evals[max(self.evals)]), self.task.reference
-        spread = rows[:, 3].std() if len(rows) > 1 else rows[0, 4]
-        score = f", normalised score {rows[:, 7].mean():.1f} ± {100 * spread / (high - low):.1f}" if high > low else ""
-        return f"return {rows[:, 3].mean():.1f} ± {spread:.1f}{score}"
-
-    def write(self, name, content):
-        """A file of the directory is there whole or, after a failure, as it was before."""
-        part = self.dir / (name + ".part")
-        try:
+    def write(self, name, content, save=lambda text, path: path.write_text(text)):
+        """A file gets its name when it is whole."""
+        with attempt(f"{self.dir / name} cannot be written"):
             self.dir.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(content if isinstance(content, bytes) else content.encode())
-            part.replace(self.dir / name)
-        except OSError as error:
-            os.path.exists(part) and part.unlink()
-            end = self.close if hasattr(self, "bar") else fail
-            end(f"{self.dir / name} cannot be written ({error}); what was there before is kept", 2)
+            save(content, self.dir / f"part-{name}")
+            (self.dir / f"part-{name}").replace(self.dir / name)
 
     def save(self):
-        """Brings all files up to date, seeds that are left out as they were last saved; ends the run if it has to."""
-        for x, good in self.good:
-            for k in np.flatnonzero(np.invert(self.alive)):
-                x[k] = good[k]
-        self.good, self.saved = [(x, x.clone()) for x in self.tensors()], self.update
-        rows = ["%d,%d,%d,%.4f,%.4f,%.4f,%.4f,%.4f" % tuple(row) for u in sorted(self.evals) for row in self.evals[u]]
-        head = "update,seed,episodes,return_mean,return_std,discounted_return_mean,length_mean,score"
-        self.write("eval.csv", "\n".join([head, *rows, ""]).replace("nan", ""))
-        self.write("losses.csv", "\n".join(["update,seed,name,value", *self.losses, ""]))
-        git = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
-        cpu = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
-        used = {x: sys.modules[x] for x in ("torch", "numpy", "gymnasium", "minari", "mujoco") if x in sys.modules}
-        self.write("run.json", json.dumps({
-            "method": METHOD, "commit": None if git[0] else git[1], "python": platform.python_version(),
-            **{name: module.__version__ for name, module in used.items()},
-            "gpu": torch.cuda.get_device_name() if self.args.device != "cpu" else None,
-            "cpu": f"{os.cpu_count()} x {(cpu or [platform.machine()])[0]}", "threads": torch.get_num_threads(),
-            "update": self.update, "wall_seconds": round(self.seconds, 2),
-            "updates_per_second": round(self.update / self.seconds, 2)}, indent=1))
-        buffer = io.BytesIO()
-        torch.save({
-            "method": METHOD, "args": vars(self.args), **{name: getattr(self, name) for name in self.KEPT},
-            "modules": {name: module.state_dict() for name, module in self.agent.modules.items()},
-            "optimizers": {name: opt.state_dict() for name, opt in self.agent.optimizers.items()},
-            "rng": [torch.get_rng_state(), torch.cuda.get_rng_state() if self.args.device != "cpu" else None],
-            "stats": {name: getattr(self.task, name) for name in ("mean", "std", "shift", "scale")}}, buffer)
-        self.write("checkpoint.pt", buffer.getvalue())
-        if self.signal:
-            self.close(f"stopped at update {self.update}; go on with --resume {self.dir}", 128 + self.signal)
-        if not any(self.alive):
-            self.close(f"no seed is finite any more; the last good state is in {self.dir}", 1)
+        """Brings the files up to date. It waits for evaluations first, so that none is in flight."""
+        self.collect(wait=True)
+        self.seconds, self.saved = self.seconds + time.time() - self.saved, time.time()
+        self.write("losses.csv", "\n".join(self.losses) + "\n")
+        self.write("eval.csv", ("\n".join(self.evals) + "\n").replace(",nan\n", ",\n"))
+        rng = torch.get_rng_state(), torch.cuda.get_rng_state() if self.args.device != "cpu" else None
+        state = {"agent": self.agent.state_dict(), "moments": [opt.state_dict()["state"] for opt in self.opts],
+                 "rng": rng, "counters": [self.update, self.seconds, self.losses, self.evals]}
+        self.write("checkpoint.pt", state, torch.save)
 
-    def restore(self):
-        """Takes up checkpoint.pt, in which evaluations that were in flight are `pending` and run again."""
-        try:
-            state = torch.load(self.dir / "checkpoint.pt", map_location=self.args.device, weights_only=True)
-            if state["method"] != METHOD:
-                raise ValueError(f"it is of {state['method']}")
-            for kind, parts in ("modules", self.agent.modules), ("optimizers", self.agent.optimizers):
-                for name, part in parts.items():
-                    part.load_state_dict(state[kind][name])
-            for opt in self.agent.optimizers.values():
-                opt.param_groups[0]["capturable"] = self.args.device != "cpu"
-            torch.set_rng_state(state["rng"][0].cpu())
+    def restore(self, path):
+        with attempt(f"--resume: {path} cannot be used"):
+            state = torch.load(path, "cpu", weights_only=True)
+            self.agent.load_state_dict(state["agent"])
+            for opt, moments in zip(self.opts, state["moments"]):
+                opt.load_state_dict({**opt.state_dict(), "state": moments})
+            torch.set_rng_state(state["rng"][0])
             if self.args.device != "cpu" and state["rng"][1] is not None:
-                torch.cuda.set_rng_state(state["rng"][1].cpu())
-            for name in self.KEPT:
-                setattr(self, name, state[name])
-        except Exception as error:
-            fail(f"--resume: {self.dir / 'checkpoint.pt'} cannot be used: {str(error).split('. ')[0]}")
+                torch.cuda.set_rng_state(state["rng"][1])
+            self.update, self.seconds, self.losses, self.evals = state["counters"]
 
     def finish(self):
-        """Waits for the last evaluations, saves, exports policy.pt2."""
-        while self.jobs and not self.signal:
-            self.collect()
-            time.sleep(0.02)
-        self.save()
-        self.write("policy.pt2", export(RawPolicy(self.agent.policy, self.args.num_seeds, self.task)))
-        self.close(f"{self.summary() if self.evals else 'done'} after {self.update} updates; files in {self.dir}")
+        """After the last update exports policy.pt2 and notes where it was made; says how a run ended."""
+        self.pool = None  # which ends its workers
+        self.listen(signal.default_int_handler)
+        if self.stop:
+            fail(f"stopped at update {self.update}; go on with --resume {self.dir}")
+        self.write("policy.pt2", RawPolicy(self.agent.policy, self.args.num_seeds, self.task), export)
+        about = {"method": METHOD, "update": self.update, "wall_seconds": self.seconds, "cores": os.cpu_count()}
+        about["device"] = torch.cuda.get_device_name() if self.args.device != "cpu" else "cpu"
+        about["commit"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
+        about |= {module.__name__: module.__version__ for module in (torch, np, gym, minari)}
+        self.write("run.json", json.dumps(about, indent=1))
+        print(f"{METHOD}: {self.bar.postfix or 'done'} after {self.update} updates; files in {self.dir}")
         return self.dir
 
-    def close(self, message, status=0):
-        """Ends the workers and says what there is to say; a status other than 0 ends the process."""
-        self.bar.close()
-        for worker in set(multiprocessing.active_children()) - self.others if status else []:
-            worker.kill()
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        print(f"{METHOD}: {message}", file=sys.stderr if status else sys.stdout, flush=True)
-        if status:
-            raise SystemExit(status)
+
+def train(run, update):
+    """The training loop; `update` returns its losses {name: (S,)}."""
+    n = run.agent.updates_per_call
+    with run.bar:
+        while run.update < run.total and not run.stop:
+            losses = update()
+            run.update += n
+            run.bar.update(n)
+            last = run.update >= run.total
+            if last or run.update % 1000 < n:
+                run.log(losses)
+            if last or run.update % run.args.eval_every < n:
+                run.evaluate()
+            if time.time() - run.saved > (120 if run.jobs else 60):  # to save is to wait for evaluations
+                run.save()
+        run.save()
+    return run.finish()
 
 
 # --- shared: main ---
 def main(args):
     """Trains, evaluates, saves; returns the run's directory."""
-    args = check(args)
-    data = load(args)
-    prepare(data, args)
-    agent = Agent(args, data.obs_dim, data.act_dim, data)
-    run, update = Run(args, agent, data, args.num_updates), cuda_graph(agent)
-    while run.update < run.total:
-        run.log(update())
-    return run.finish()
+    setup(args)
+    with torch.device(args.device):  # where tensors are made
+        data = load(args)
+        prepare(data, args)
+        agent = Agent(args, data.obs_dim, data.act_dim, data)
+    update = agent.update if args.device == "cpu" else cuda_graph(agent.update).__next__
+    return train(Run(args, agent, data, args.num_updates), update)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
-    main(tyro.cli(Args))
+    main(parse())

@@ -13,15 +13,18 @@ Fujimoto, Meger & Precup, ICML 2019. https://arxiv.org/abs/1812.02900
 
     python algorithms/bcq_tabular.py --env-id FrozenLake-v1 --slip 0.6666667 --num-episodes 30 --num-seeds 100
 
-If the MDP is deterministic and the batch holds whole episodes, Q is the true value of pi; logged as q_start, compare
-it with the discounted return in eval.csv. If chance plays a part, it may carry pi to states where B holds nothing;
-logged as carried, the share of episodes in which it does. Both it and eval.csv are exact, from the transition table.
+If the MDP is deterministic and B coherent (every s' of B is terminal or begins a transition of B, which the end of an
+episode that is cut at the horizon may break), Q is the true value of pi: logged as q_start, compare it with the
+discounted return in eval.csv. If chance plays a part, it may carry pi to states where B holds nothing: logged as
+carried, the share of episodes in which it does. Both it and eval.csv, for episodes up to the horizon, are exact.
 policy.pt2 maps states (B,) of dtype long to actions (S, B). table.csv: states and actions of seed 0.
 Departs from the paper: an update is a sweep over all (s, a) in B, in expectation: at alpha = 1 value iteration in M_B,
-to whose fixed point the paper's Q-learning converges. Where B holds no action, pi takes action 0.
+to whose fixed point the paper's Q-learning converges. r is the expectation of the table for (s, a, s'), not the mean of
+those seen in B. Where B holds no action, pi takes action 0.
 Shapes: S seeds, n states, A actions, B states given to pi. Each seed has a batch of its own and they never interact.
 """
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -37,10 +40,9 @@ class Args:
     num_updates: int = 1_000  # sweeps of each agent
     eval_every: int = 100  # updates between two evaluations
     eval_episodes: int = 1  # 0: no evaluation; else one by expectation, whatever the number
-    eval_workers: int = 0  # at most so many processes evaluate while training goes on; 0: in line
-    device: str = "auto"  # cuda, cpu, or auto: cuda where there is one
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
     out_dir: str = "runs"  # the run's directory is made in here
-    resume: str = ""  # directory of an interrupted run to go on with
+    resume: str = ""  # directory of an interrupted run to go on with, with its flags
     track: bool = False  # log to Weights & Biases as well
     wandb_project_name: str = "offline-rl"  # its project
     # --- optimisation ---
@@ -92,11 +94,11 @@ def backup(Q, batch, args):
 
 
 # --- agent ---
-class Agent:
+class Agent(nn.Module):
     def __init__(self, args, batch):
-        self.args, self.batch = args, batch
-        self.policy, self.updates_per_call = Policy(batch.mask), 1
-        self.modules, self.optimizers = {"policy": self.policy, "batch": batch}, {}
+        super().__init__()
+        self.args, self.batch, self.updates_per_call = args, batch, 1
+        self.policy = Policy(batch.mask)
 
     @torch.no_grad()
     def update(self):
@@ -108,14 +110,27 @@ class Agent:
 
 
 # --- shared: imports ---
-import functools, io, json, multiprocessing, os, pickle, platform, re, signal, subprocess, sys, threading, time
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
-from copy import deepcopy
-from dataclasses import replace
+import contextlib, copy, functools, json, math, os, pickle, re, signal, subprocess, sys, threading, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
-import gymnasium as gym, h5py, huggingface_hub, minari, numpy as np, tyro
-from tqdm import tqdm
+import gymnasium as gym, minari, numpy as np, tqdm, tyro
+
+METHOD = Path(__file__).stem
+DISCRETE = hasattr(Agent, "discrete")  # whether actions are integers from 0 to act_dim - 1
+
+
+def fail(message):
+    sys.exit(f"{METHOD}: {' '.join(message.split())}")
+
+
+@contextlib.contextmanager
+def attempt(problem):
+    try:
+        yield
+    except Exception as error:
+        fail(f"{problem}: {error or type(error).__name__}")
 
 
 # --- data: a finite MDP ---
@@ -148,12 +163,10 @@ def lattice():
 
 def known(env_id):
     """The same of a Gymnasium environment; FrozenLake as it is without slipping."""
-    try:
+    with attempt(f"--env-id {env_id} has no transition table, as lattice, FrozenLake-v1, FrozenLake8x8-v1, "
+                 "CliffWalking-v1 and other environments with env.unwrapped.P do"):
         env = gym.make(env_id, **({"is_slippery": False} if "FrozenLake" in env_id else {}))
         return env.unwrapped.P, env.unwrapped.initial_state_distrib, env.spec.max_episode_steps or 1000
-    except Exception as error:
-        fail(f"--env-id {env_id} has no transition table ({error}): it can be lattice, FrozenLake-v1, "
-             "FrozenLake8x8-v1, CliffWalking-v1 or any other environment with env.unwrapped.P")
 
 
 class MDP:
@@ -162,7 +175,6 @@ class MDP:
 
     mean = shift = torch.tensor(0)  # states and actions are indices
     std = scale = torch.tensor(1)
-    obs_space = None
 
     def __init__(self, args):
         for name in "slip", "epsilon", "learning_rate":
@@ -225,17 +237,16 @@ class RawPolicy(nn.Module):
 
     def __init__(self, policy, S, task):
         super().__init__()
-        self.policy, self.S = deepcopy(policy).cpu(), S
+        self.policy, self.S = copy.deepcopy(policy).cpu(), S
 
     def forward(self, s):
         return self.policy(s.expand(self.S, -1))
 
 
-def export(policy):
-    """RawPolicy as a .pt2 file: `torch.export.load(path).module()` maps states (B,), long, to actions (S, B)."""
-    buffer, example, batch = io.BytesIO(), torch.zeros(2, dtype=torch.long), {0: torch.export.Dim("B")}
-    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=(batch,)), buffer)
-    return buffer.getvalue()
+def export(policy, path):
+    """`torch.export.load(path).module()` maps states (B,), long, to actions (S, B)."""
+    example, batch = torch.zeros(2, dtype=torch.long), {0: torch.export.Dim("B")}
+    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=(batch,)), path)
 
 
 def greedy(policy, table):
@@ -268,268 +279,186 @@ def visits(table, pi, mask):
     return found.squeeze(1) * ~table.terminal, carried
 
 
-def evaluate(policy, spec, obs_space, update, seeds, alive, gamma, reference):
-    """Rows of eval.csv for the agents `alive`: expectations over all episodes."""
-    policy, table, (low, high) = pickle.loads(policy), pickle.loads(spec), reference
-    rows = returns(table, greedy(policy, table), gamma).T.tolist()
-    return [[update, k, seeds.shape[1], *row, 100 * (row[0] - low) / (high - low)]
-            for k, row in enumerate(rows) if alive[k]]
+def evaluate(policy, table, gamma, reference):
+    """Return, its deviation, discounted return, length and score (S, 5), expected over all episodes."""
+    rows, (low, high) = returns(table, greedy(policy, table), gamma).T.numpy(), reference
+    return np.concatenate([rows, 100 * (rows[:, :1] - low) / (high - low)], 1)
+
+
+# --- shared: run ---
+def parse(argv=None):
+    """The flags. With --resume they are those of that run, and few of them may be given anew."""
+    args = tyro.cli(Args, args=argv)
+    if args.resume:
+        with attempt(f"--resume {args.resume} is no use"):
+            saved = Args(**json.loads(Path(args.resume, "args.json").read_text()))
+            args = tyro.cli(Args, args=argv, default=saved)
+            given = {name for name, was in vars(saved).items() if getattr(args, name) != was}
+            fixed = given - {"resume", "num_updates", "device", "eval_workers", "track"}
+            assert not fixed, f"{', '.join(sorted(fixed))} cannot be given anew"
+    return args
+
+
+def setup(args):
+    """Checks numbers and the device, seeds the random streams."""
+    least = {"seed": 0, "eval_episodes": 0, **getattr(Agent, "least", {})}
+    for name, value in vars(args).items():
+        low = least.get(name, 1 if Args.__annotations__[name] in (int, int | None) else 0)
+        if type(value) in (int, float) and not low <= value <= (1 if name in ("gamma", "tau") else sys.maxsize):
+            fail(f"--{name.replace('_', '-')} cannot be {value}")
+    with attempt(f"--device {args.device} is not here"):
+        torch.zeros(1, device=args.device)
+    torch.manual_seed(args.seed)
+    if args.device != "cpu":
+        torch.cuda.set_stream(torch.cuda.Stream(args.device))  # on the default one no graph can be recorded
+        torch.set_float32_matmul_precision("high")  # TF32
 
 
 def start_worker():
     """A worker keeps to one core and ends with its parent, however that ends."""
     torch.set_num_threads(1)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-# --- shared: run ---
-METHOD = Path(__file__).stem
-
-
-def fail(message, status=2):
-    """One sentence on standard error, then the end."""
-    sys.stderr.write(f"{METHOD}: {' '.join(message.split())}\n")
-    raise SystemExit(status)
-
-
-def check(args):
-    """Args with what --resume and --device stand for filled in; impossible ones end the run."""
-    args, saved = replace(args), {}
-    try:
-        saved = json.loads(Path(args.resume, "args.json").read_text()) if args.resume else {}
-    except (OSError, ValueError) as error:
-        fail(f"--resume {args.resume} is no directory of a run: {error}")
-    if saved and saved.keys() != vars(args).keys():
-        fail(f"--resume {args.resume} holds a run of another method than {METHOD}")
-    typed = {word.split("=")[0].lstrip("-").replace("-", "_") for word in sys.argv[1:]}
-    for name, was in saved.items():
-        if getattr(args, name) == getattr(Args, name) and name not in typed:
-            setattr(args, name, was)
-        free = ["resume", "device", "eval_workers", "track"] + ["num_updates"] * (not hasattr(Agent, "schedule"))
-        if getattr(args, name) != was and name not in free:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} cannot replace the {was} of {args.resume}")
-    for name, value in vars(args).items():
-        least = name not in ("seed", "eval_episodes", "eval_workers")
-        fraction = re.fullmatch("gamma|tau|expectile|dropout|threshold|real_ratio|slip|beta_decay|.*epsilon", name)
-        top = 1 if fraction else 1e9 * bool(value is not None and re.fullmatch("alpha|beta|cql_.*|penalty", name))
-        if (type(value) is int and type(getattr(Args, name)) is not float and not least <= value < 2**63
-                or top and not 0 <= value <= top or name.endswith(("_lr", "_rate")) and not value > 0):
-            fail(f"--{name.replace('_', '-')} cannot be {value}")
-    cuda = torch.cuda.is_available()
-    args.device = ("cuda" if cuda else "cpu") if args.device == "auto" else args.device
-    if args.device not in ["cpu"] + ["cuda"] * cuda + [f"cuda:{i}" for i in range(torch.cuda.device_count())]:
-        fail(f"--device {args.device} is not here: it can be {'cuda, ' * cuda}cpu or auto")
-    if args.device != "cpu":
-        torch.cuda.set_device(torch.device(args.device).index or 0)
-        torch.set_float32_matmul_precision("high")  # TF32
-    torch.manual_seed(args.seed)
-    return args
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 class Run:
-    """The directory of a run: `log` follows each call of update, `finish` the last."""
-
-    KEPT = "update", "logged", "seconds", "alive", "evals", "losses", "pending"  # in the checkpoint
+    """The directory of a run: its losses and evaluations so far, and checkpoint.pt for --resume."""
 
     def __init__(self, args, agent, task, total):
-        self.args, self.agent, self.task, per_call = args, agent, task, agent.updates_per_call
-        self.total, self.every, self.log_every = (-(-n // per_call) * per_call for n in (total, args.eval_every, 1000))
-        self.update = self.logged = self.signal = self.seconds = 0
-        self.alive, self.evals, self.losses, self.pending, self.jobs = [True] * args.num_seeds, {}, [], {}, {}
-        name = re.sub("[/+]+", "-", getattr(args, "dataset_id", args.env_id))[-80:].strip("-.")
-        self.dir = Path(args.resume or Path(args.out_dir) / f"{name}__{METHOD}__{args.seed}__{time.time_ns() // 10**6}")
+        self.args, self.agent, self.task, self.total, self.saved = args, agent, task, total, time.time()
+        self.update, self.seconds, self.lost, self.pool, self.jobs, self.stop = 0, 0.0, set(), None, [], False
+        self.losses = ["update,seed,name,value"]
+        self.evals = ["update,seed,episodes,return_mean,return_std,discounted_return_mean,length_mean,score"]
+        self.opts = [x for x in vars(agent).values() if isinstance(x, torch.optim.Optimizer)]
+        data = re.sub("[/+]+", "-", getattr(args, "dataset_id", args.env_id))[-80:].strip("-.")
+        self.dir = Path(args.resume or f"{args.out_dir}/{data}__{METHOD}__{args.seed}__{time.time_ns()}")
         if (self.dir / "checkpoint.pt").exists():
-            self.restore()
-        self.good, self.saved = [(x, x.clone()) for x in self.tensors()], self.update
-        self.began = time.time() - self.seconds
-        if args.track:
-            import wandb
-            try:
-                name = self.dir.resolve().name
-                wandb.init(project=args.wandb_project_name, id=name, config=vars(args), resume="allow")
-                wandb.define_metric("*", step_metric="update")
-            except Exception as error:
-                fail(f"--track: {error}")
+            self.restore(self.dir / "checkpoint.pt")
         self.write("args.json", json.dumps({**vars(args), "resume": ""}, indent=1))
+        if args.track:
+            with attempt("--track"):
+                import wandb
+                wandb.init(project=args.wandb_project_name, id=self.dir.name, resume="allow", config=vars(args))
         self.track = wandb.log if args.track else lambda row: None
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(args.eval_workers, spawn, start_worker) if args.eval_workers else None
-        self.others = set(multiprocessing.active_children())
-        self.handlers = {n: signal.signal(n, self.interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = tqdm(total=self.total, initial=self.update, desc=METHOD, unit=" updates",
-                        mininterval=0.2 if sys.stderr.isatty() else 20)
-        if args.eval_episodes and not task.spec:
-            tqdm.write(f"{METHOD}: the data names no environment, so nothing is evaluated without --env-id", sys.stderr)
-        for update in self.pending:
-            self.submit(update)
+        self.listen(self.interrupt)
+        self.bar = tqdm.tqdm(desc=METHOD, total=total, initial=self.update, unit=" updates", mininterval=1)
+
+    def listen(self, handler):
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, handler)
 
     def interrupt(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        self.stop = True  # the training loop looks at it
 
     def log(self, losses):
-        """Counts a call of update; now and then looks at its losses {name: (S,)}, evaluates and saves."""
-        self.update += self.agent.updates_per_call
-        self.bar.update(self.agent.updates_per_call)
-        point = self.update % self.every == 0 or self.update >= self.total
-        if point or self.signal or self.update % self.log_every == 0:
-            self.seconds = time.time() - self.began
-            self.examine({name: loss.tolist() for name, loss in losses.items()})
-            if point and self.args.eval_episodes and self.task.spec and any(self.alive):
-                policy = RawPolicy(self.agent.policy, self.args.num_seeds, self.task)
-                self.pending[self.update] = list(self.alive), policy.state_dict()
-                self.submit(self.update)
-            self.collect()
-        if point or self.signal or not any(self.alive):
-            self.save()
+        """Notes the losses {name: (S,)}, for which the host waits for the device; takes in evaluations."""
+        self.track({"update": self.update, **{name: loss.mean().item() for name, loss in losses.items()}})
+        for k, values in enumerate(zip(*(loss.tolist() for loss in losses.values()))):
+            for name, value in zip(losses, values):
+                self.losses.append(f"{self.update},{k},{name},{value:.6g}")
+                if not math.isfinite(value) and k not in self.lost:
+                    self.lost.add(k)
+                    self.bar.write(f"seed {k}: {name} is {value} at update {self.update}", sys.stderr)
+        if len(self.lost) == self.args.num_seeds:
+            fail(f"no seed is finite any more; the last checkpoint is in {self.dir}")
+        self.collect()
 
-    def tensors(self):
-        """The agent's weights and moments, which have a seed dimension."""
-        found = [v for opt in self.agent.optimizers.values() for state in opt.state.values() for v in state.values()]
-        found += [p.data for module in self.agent.modules.values() for p in module.parameters()]
-        return [x for x in found if x.dim() and len(x) == self.args.num_seeds]
+    def evaluate(self):
+        """Hands the policy to a worker, which evaluates it while training goes on."""
+        args, S, n = self.args, self.args.num_seeds, self.args.eval_episodes
+        if n and self.task.spec:
+            seeds = np.random.SeedSequence([args.seed, self.update]).generate_state(S * n).reshape(S, n)
+            self.pool = self.pool or ProcessPoolExecutor(args.eval_workers, get_context("spawn"), start_worker)
+            job = pickle.dumps(RawPolicy(self.agent.policy, S, self.task)), pickle.dumps(self.task.spec), seeds
+            self.listen(signal.SIG_IGN)  # a worker that starts now inherits it: signals are its parent's
+            self.jobs.append((self.update, self.pool.submit(evaluate, *job, args.gamma, self.task.reference)))
+            self.listen(self.interrupt)
 
-    def examine(self, losses):
-        """Notes the losses; a seed that is not finite is named and left out, and its last saved state is kept."""
-        finite = torch.stack([x.reshape(len(x), -1).isfinite().all(1) for x in self.tensors()]).all(0).tolist()
-        for k in np.flatnonzero(self.alive):
-            bad = [f"{name} is {x[k]}" for name, x in losses.items() if not np.isfinite(x[k])]
-            if bad or not finite[k]:
-                self.alive[k] = False
-                tqdm.write(f"seed {k}: {(bad or ['a weight is not finite'])[0]} between updates {self.logged} and "
-                           f"{self.update}; it is left out, its state of update {self.saved} is kept", sys.stderr)
-            else:
-                self.losses += [f"{self.update},{k},{name},{x[k]:.6g}" for name, x in losses.items()]
-        self.track({"update": self.update, **{f"losses/{name}": np.mean(x) for name, x in losses.items()}})
-        self.logged = self.update
+    def collect(self, wait=False):
+        """Takes in evaluations, in their order: those that are done, or all."""
+        n = self.args.eval_episodes
+        while self.jobs and (wait or self.jobs[0][1].done()):
+            update, job = self.jobs.pop(0)
+            with attempt(f"the evaluation of update {update} failed"):
+                rows = job.result()
+            self.evals += ["%d,%d,%d,%.4f,%.4f,%.4f,%.4f,%.4f" % (update, k, n, *x) for k, x in enumerate(rows)]
+            mean = rows.mean(0)
+            self.bar.set_postfix_str(f"return {mean[0]:.1f}, score {mean[4]:.1f}".removesuffix(", score nan"))
+            self.track({"update": update, "return": mean[0], "score": mean[4]})
 
-    def submit(self, update):
-        """Hands an evaluation to a worker, or does it here."""
-        args, task, (alive, weights) = self.args, self.task, self.pending[update]
-        policy, shape = RawPolicy(self.agent.policy, args.num_seeds, task), (args.num_seeds, args.eval_episodes)
-        policy.load_state_dict(weights)
-        seeds = np.reshape([draw_seed(args.seed, update, *i) for i in np.ndindex(shape)], shape)
-        job = (evaluate, pickle.dumps(policy), pickle.dumps(task.spec), task.obs_space,
-               update, seeds, alive, args.gamma, task.reference)
-        handlers = {n: signal.signal(n, signal.SIG_IGN) for n in self.handlers}  # a worker inherits it
-        try:
-            self.jobs[update] = self.pool.submit(*job) if self.pool else functools.partial(*job)
-        except BrokenExecutor as error:
-            self.jobs[update] = Future()
-            self.jobs[update].set_exception(error)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    def collect(self):
-        """Takes in the evaluations that are done."""
-        for update in [update for update, job in self.jobs.items() if not self.pool or job.done()]:
-            job = self.jobs.pop(update)
-            try:
-                self.evals[update] = job.result() if self.pool else job()
-            except Exception as error:
-                self.save()
-                self.close(f"the evaluation of update {update} failed ({error!r}); go on with --resume {self.dir}", 1)
-            del self.pending[update]
-            self.bar.set_postfix_str(self.summary())
-            mean = np.mean(self.evals[update], 0)
-            self.track({"update": update, "eval/return": mean[3], "eval/score": mean[7]})
-
-    def summary(self):
-        """The last evaluation: mean and deviation over seeds, of a single seed over its episodes."""
-        rows, (low, high) = np.array(self.evals[max(self.evals)]), self.task.reference
-        spread = rows[:, 3].std() if len(rows) > 1 else rows[0, 4]
-        score = f", normalised score {rows[:, 7].mean():.1f} ± {100 * spread / (high - low):.1f}" if high > low else ""
-        return f"return {rows[:, 3].mean():.1f} ± {spread:.1f}{score}"
-
-    def write(self, name, content):
-        """A file of the directory is there whole or, after a failure, as it was before."""
-        part = self.dir / (name + ".part")
-        try:
+    def write(self, name, content, save=lambda text, path: path.write_text(text)):
+        """A file gets its name when it is whole."""
+        with attempt(f"{self.dir / name} cannot be written"):
             self.dir.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(content if isinstance(content, bytes) else content.encode())
-            part.replace(self.dir / name)
-        except OSError as error:
-            os.path.exists(part) and part.unlink()
-            end = self.close if hasattr(self, "bar") else fail
-            end(f"{self.dir / name} cannot be written ({error}); what was there before is kept", 2)
+            save(content, self.dir / f"part-{name}")
+            (self.dir / f"part-{name}").replace(self.dir / name)
 
     def save(self):
-        """Brings all files up to date, seeds that are left out as they were last saved; ends the run if it has to."""
-        for x, good in self.good:
-            for k in np.flatnonzero(np.invert(self.alive)):
-                x[k] = good[k]
-        self.good, self.saved = [(x, x.clone()) for x in self.tensors()], self.update
-        rows = ["%d,%d,%d,%.4f,%.4f,%.4f,%.4f,%.4f" % tuple(row) for u in sorted(self.evals) for row in self.evals[u]]
-        head = "update,seed,episodes,return_mean,return_std,discounted_return_mean,length_mean,score"
-        self.write("eval.csv", "\n".join([head, *rows, ""]).replace("nan", ""))
-        self.write("losses.csv", "\n".join(["update,seed,name,value", *self.losses, ""]))
-        git = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
-        cpu = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else []
-        used = {x: sys.modules[x] for x in ("torch", "numpy", "gymnasium", "minari", "mujoco") if x in sys.modules}
-        self.write("run.json", json.dumps({
-            "method": METHOD, "commit": None if git[0] else git[1], "python": platform.python_version(),
-            **{name: module.__version__ for name, module in used.items()},
-            "gpu": torch.cuda.get_device_name() if self.args.device != "cpu" else None,
-            "cpu": f"{os.cpu_count()} x {(cpu or [platform.machine()])[0]}", "threads": torch.get_num_threads(),
-            "update": self.update, "wall_seconds": round(self.seconds, 2),
-            "updates_per_second": round(self.update / self.seconds, 2)}, indent=1))
-        buffer = io.BytesIO()
-        torch.save({
-            "method": METHOD, "args": vars(self.args), **{name: getattr(self, name) for name in self.KEPT},
-            "modules": {name: module.state_dict() for name, module in self.agent.modules.items()},
-            "optimizers": {name: opt.state_dict() for name, opt in self.agent.optimizers.items()},
-            "rng": [torch.get_rng_state(), torch.cuda.get_rng_state() if self.args.device != "cpu" else None],
-            "stats": {name: getattr(self.task, name) for name in ("mean", "std", "shift", "scale")}}, buffer)
-        self.write("checkpoint.pt", buffer.getvalue())
-        if self.signal:
-            self.close(f"stopped at update {self.update}; go on with --resume {self.dir}", 128 + self.signal)
-        if not any(self.alive):
-            self.close(f"no seed is finite any more; the last good state is in {self.dir}", 1)
+        """Brings the files up to date. It waits for evaluations first, so that none is in flight."""
+        self.collect(wait=True)
+        self.seconds, self.saved = self.seconds + time.time() - self.saved, time.time()
+        self.write("losses.csv", "\n".join(self.losses) + "\n")
+        self.write("eval.csv", ("\n".join(self.evals) + "\n").replace(",nan\n", ",\n"))
+        rng = torch.get_rng_state(), torch.cuda.get_rng_state() if self.args.device != "cpu" else None
+        state = {"agent": self.agent.state_dict(), "moments": [opt.state_dict()["state"] for opt in self.opts],
+                 "rng": rng, "counters": [self.update, self.seconds, self.losses, self.evals]}
+        self.write("checkpoint.pt", state, torch.save)
 
-    def restore(self):
-        """Takes up checkpoint.pt, in which evaluations that were in flight are `pending` and run again."""
-        try:
-            state = torch.load(self.dir / "checkpoint.pt", map_location=self.args.device, weights_only=True)
-            if state["method"] != METHOD:
-                raise ValueError(f"it is of {state['method']}")
-            for kind, parts in ("modules", self.agent.modules), ("optimizers", self.agent.optimizers):
-                for name, part in parts.items():
-                    part.load_state_dict(state[kind][name])
-            for opt in self.agent.optimizers.values():
-                opt.param_groups[0]["capturable"] = self.args.device != "cpu"
-            torch.set_rng_state(state["rng"][0].cpu())
+    def restore(self, path):
+        with attempt(f"--resume: {path} cannot be used"):
+            state = torch.load(path, "cpu", weights_only=True)
+            self.agent.load_state_dict(state["agent"])
+            for opt, moments in zip(self.opts, state["moments"]):
+                opt.load_state_dict({**opt.state_dict(), "state": moments})
+            torch.set_rng_state(state["rng"][0])
             if self.args.device != "cpu" and state["rng"][1] is not None:
-                torch.cuda.set_rng_state(state["rng"][1].cpu())
-            for name in self.KEPT:
-                setattr(self, name, state[name])
-        except Exception as error:
-            fail(f"--resume: {self.dir / 'checkpoint.pt'} cannot be used: {str(error).split('. ')[0]}")
+                torch.cuda.set_rng_state(state["rng"][1])
+            self.update, self.seconds, self.losses, self.evals = state["counters"]
 
     def finish(self):
-        """Waits for the last evaluations, saves, exports policy.pt2."""
-        while self.jobs and not self.signal:
-            self.collect()
-            time.sleep(0.02)
-        self.save()
-        self.write("policy.pt2", export(RawPolicy(self.agent.policy, self.args.num_seeds, self.task)))
-        self.close(f"{self.summary() if self.evals else 'done'} after {self.update} updates; files in {self.dir}")
+        """After the last update exports policy.pt2 and notes where it was made; says how a run ended."""
+        self.pool = None  # which ends its workers
+        self.listen(signal.default_int_handler)
+        if self.stop:
+            fail(f"stopped at update {self.update}; go on with --resume {self.dir}")
+        self.write("policy.pt2", RawPolicy(self.agent.policy, self.args.num_seeds, self.task), export)
+        about = {"method": METHOD, "update": self.update, "wall_seconds": self.seconds, "cores": os.cpu_count()}
+        about["device"] = torch.cuda.get_device_name() if self.args.device != "cpu" else "cpu"
+        about["commit"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
+        about |= {module.__name__: module.__version__ for module in (torch, np, gym, minari)}
+        self.write("run.json", json.dumps(about, indent=1))
+        print(f"{METHOD}: {self.bar.postfix or 'done'} after {self.update} updates; files in {self.dir}")
         return self.dir
 
-    def close(self, message, status=0):
-        """Ends the workers and says what there is to say; a status other than 0 ends the process."""
-        self.bar.close()
-        for worker in set(multiprocessing.active_children()) - self.others if status else []:
-            worker.kill()
-        if self.pool:
-            self.pool.shutdown(cancel_futures=True)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        print(f"{METHOD}: {message}", file=sys.stderr if status else sys.stdout, flush=True)
-        if status:
-            raise SystemExit(status)
+
+def train(run, update):
+    """The training loop; `update` returns its losses {name: (S,)}."""
+    n = run.agent.updates_per_call
+    with run.bar:
+        while run.update < run.total and not run.stop:
+            losses = update()
+            run.update += n
+            run.bar.update(n)
+            last = run.update >= run.total
+            if last or run.update % 1000 < n:
+                run.log(losses)
+            if last or run.update % run.args.eval_every < n:
+                run.evaluate()
+            if time.time() - run.saved > (120 if run.jobs else 60):  # to save is to wait for evaluations
+                run.save()
+        run.save()
+    return run.finish()
 
 
 # --- main: tabular ---
+class ExactRun(Run):
+    def evaluate(self):
+        """At once and here: an expectation takes a moment."""
+        if self.args.eval_episodes:
+            policy, job = RawPolicy(self.agent.policy, self.args.num_seeds, self.task), Future()
+            job.set_result(evaluate(policy, self.task.spec, self.args.gamma, self.task.reference))
+            self.jobs.append((self.update, job))
+
+
 def follow(task, agent):
     """`visits` of the agent's policy."""
     policy = RawPolicy(agent.policy, agent.args.num_seeds, task)
@@ -546,19 +475,21 @@ def picture(task, agent):
 
 def main(args):
     """Draws the data, sweeps, evaluates, saves; returns the run's directory."""
-    args = check(args)
+    setup(args)
     task = MDP(args)
-    agent = Agent(args, draw(task, args))
-    run = Run(args, agent, task, args.num_updates)
-    while run.update < run.total:
-        losses, update = agent.update(), run.update + 1
-        if update % run.every == 0 or update >= run.total:  # when the run looks at them
+    agent = Agent(args, draw(task, args)).to(args.device)
+    run = ExactRun(args, agent, task, args.num_updates)
+
+    def sweep():
+        losses, now = agent.update(), run.update + 1
+        if now % 1000 == 0 or now == run.total:  # where losses are logged
             losses["carried"] = follow(task, agent)[1]
-        run.log(losses)
-    run.write("table.csv", picture(task, agent))
-    return run.finish()
+            run.write("table.csv", picture(task, agent))
+        return losses
+
+    return train(run, sweep)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
-    main(tyro.cli(Args))
+    main(parse())

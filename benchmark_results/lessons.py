@@ -4,8 +4,9 @@
     python benchmark_results/lessons.py sac_offline --fresh   # runs everything again
     python benchmark_results/lessons.py --list                # what there is, with its commands
 
-A lesson is a set of commands of the method files and a drawing of what they log. Their directories grow in runs/lessons/,
-where an interrupted one is taken up again; the small files go to benchmark_results/lessons/NAME/, plot and text beside.
+A lesson is a set of commands of the method files and a drawing of what they log. Their directories grow in
+runs/lessons/, where an interrupted one is taken up again; the small files go to benchmark_results/lessons/NAME/, plot
+and text beside.
 """
 import argparse
 import csv
@@ -18,16 +19,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import h5py
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmark_results"), str(ROOT / "datasets")]
+
+import from_d4rl
 import matplotlib
 import minari
 import numpy as np
 import torch
+from run import about
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).resolve().parent.parent
 LESSONS = ROOT / "benchmark_results" / "lessons"
 WORK = ROOT / "runs" / "lessons"
 KEPT = "*.json", "*.csv"
@@ -71,22 +75,19 @@ def returns(dataset_id):
     return np.array([episode.rewards.sum() for episode in data.iterate_episodes()])
 
 
-def first_steps(dataset_id, n, path):
-    """The first n transitions of a shipped set as a D4RL file."""
-    data = minari.MinariDataset(ROOT / "datasets" / dataset_id / "data")
+def part_of(dataset_id, steps, folder):
+    """A slice of the transitions of a shipped set as a set of its own."""
     keys = "observations", "actions", "rewards", "terminals", "timeouts", "next_observations"
     parts = [(e.observations[:-1], e.actions, e.rewards, e.terminations, e.truncations, e.observations[1:])
-             for e in data.iterate_episodes()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        for key, values in zip(keys, zip(*parts)):
-            file[key] = np.concatenate(values)[:n]
-    return path
+             for e in minari.MinariDataset(ROOT / "datasets" / dataset_id / "data").iterate_episodes()]
+    if not folder.exists():
+        from_d4rl.write({key: np.concatenate(values)[steps] for key, values in zip(keys, zip(*parts))}, folder)
+    return folder
 
 
 # --- Q against the return that it should predict ---
 def sac_offline_runs(data):
-    small = first_steps("hopper/medium-v0", 10_000, data / "hopper-medium-10000.hdf5")
+    small = part_of("hopper/medium-v0", slice(10_000), data / "hopper-medium-10000-v0")
     return {"100000": "sac_offline.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000",
             "10000": f"sac_offline.py --dataset-id {small} --env-id Hopper-v5 --num-seeds 3 --num-updates 50000"}
 
@@ -111,8 +112,8 @@ def sac_offline_draw(runs):
     figure = q_and_returns(runs, {label: f"{int(label):,} transitions of Hopper medium" for label in runs})
     end = min(max(row["update"] for row in evals(run)) for run in runs.values())
     return figure, f"Hopper medium, after {end:,.0f} updates: " + "; ".join(
-        f"with {int(label):,} transitions the critic expects {last(losses(run, 'q_start'), 'value', end):.3g} and the policy "
-        f"gets {last(evals(run), 'discounted_return_mean', end):.0f}" for label, run in runs.items())
+        f"with {int(label):,} transitions the critic expects {last(losses(run, 'q_start'), 'value', end):.3g} and the "
+        f"policy gets {last(evals(run), 'discounted_return_mean', end):.0f}" for label, run in runs.items())
 
 
 def cql_runs(data):
@@ -125,8 +126,9 @@ def cql_draw(runs):
     end, expected = evals(runs["cql"])[-1]["update"], {x: losses(runs[x], "q_start") for x in runs}
     q, g = last(expected["cql"], "value"), last(evals(runs["cql"]), "discounted_return_mean")
     naive = last(expected["sac"], "value", end)
-    return figure, (f"Hopper medium: after {end:,.0f} updates CQL's critic expects {q:.0f}, {'below' if q < g else 'above'} the {g:.0f} that "
-                    f"its policy gets; SAC's expects {naive:,.0f} by then, and never gets more than 5")
+    side = "below" if q < g else "above"
+    return figure, (f"Hopper medium: after {end:,.0f} updates CQL's critic expects {q:.0f}, {side} the {g:.0f} that its "
+                    f"policy gets; SAC's expects {naive:,.0f} by then, and never gets more than 5")
 
 
 # --- a batch on a finite MDP ---
@@ -282,8 +284,8 @@ def dt_draw(runs):
     axes.set(ylim=(0, 1.1 * max(data.max(), (achieved + spread).max())), xlim=(-50, 1.02 * asked[-1]))
     figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     brought = "; ".join(f"{x:.0f} brings {y:.0f}" for x, y in zip(asked, achieved.mean(1)))
-    return figure, (f"Hopper: asked for a return of {brought}; the data's episodes return {data.mean():.0f} on average and "
-                    f"{data.max():.0f} at best.")
+    return figure, (f"Hopper: asked for a return of {brought}; the data's episodes return {data.mean():.0f} on average "
+                    f"and {data.max():.0f} at best.")
 
 
 # --- a threshold between Q-learning and cloning, and discrete methods on the same data ---
@@ -292,17 +294,10 @@ LANDER_SETS = {"mixed": "the shipped set", "half": "its half-trained episodes al
 
 
 def lander_sets(data):
-    """Flags for the shipped set and for its half-trained episodes, the later half of its steps, as a D4RL file."""
-    shipped, path = minari.MinariDataset(ROOT / "datasets" / "lunarlander" / "mixed-v0" / "data"), data / "half.hdf5"
-    keys = "observations", "actions", "rewards", "terminals", "timeouts", "next_observations"
-    parts = [(e.observations[:-1], e.actions, e.rewards, e.terminations, e.truncations, e.observations[1:])
-             for e in shipped.iterate_episodes()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        for key, values in zip(keys, zip(*parts)):
-            file[key] = np.concatenate(values)[shipped.total_steps // 2 :]
+    """Flags for the shipped set and for its half-trained episodes, the later half of its 80,000 steps."""
+    half = part_of("lunarlander/mixed-v0", slice(40_000, None), data / "lunarlander-half-v0")
     return {"mixed": "--dataset-id lunarlander/mixed-v0 --num-seeds 3",
-            "half": f"--dataset-id {path} --env-id LunarLander-v3 --num-seeds 3"}
+            "half": f"--dataset-id {half} --env-id LunarLander-v3 --num-seeds 3"}
 
 
 def lander_lines(axis):
@@ -346,7 +341,8 @@ def bcq_discrete_draw(runs):
     for axis in axes:
         axis.legend(fontsize=7)
         axis.set(xlabel="threshold: 0 is Q-learning, 1 is cloning", xticks=range(5), xticklabels=BCQ_THRESHOLDS)
-    return figure, f"LunarLander, return against threshold after {last(evals(runs['mixed 0']), 'update'):,.0f} updates: " + "; ".join(
+    end = last(evals(runs["mixed 0"]), "update")
+    return figure, f"LunarLander, return against threshold after {end:,.0f} updates: " + "; ".join(
         f"{title}: " + ", ".join(f"{np.mean(v):.0f} at {t}" for t, v in zip(BCQ_THRESHOLDS, found[part]))
         for part, title in LANDER_SETS.items())
 
@@ -377,10 +373,13 @@ def cql_discrete_draw(runs):
     axes[1, 0].set_ylabel("discounted value")
     for i, place in (0, "outside upper center"), (1, "outside lower center"):
         figure.legend(*axes[i, 0].get_legend_handles_labels(), loc=place, ncols=4, fontsize=8)
-    return figure, "LunarLander, mean return of the last 2 evaluations: " + "; ".join(
-        f"{title}, {last(evals(runs[f'{part} dqn']), 'update'):,.0f} updates: " + ", ".join(f"{name} {np.mean(lately(evals(runs[f'{part} {label}']), 'return_mean')):.0f}"
-                                 for label, (name, _) in LANDER_METHODS.items())
-        for part, title in LANDER_SETS.items())
+    said = []
+    for part, title in LANDER_SETS.items():
+        found = {name: np.mean(lately(evals(runs[f"{part} {label}"]), "return_mean"))
+                 for label, (name, _) in LANDER_METHODS.items()}
+        said.append(f"{title}, {last(evals(runs[f'{part} dqn']), 'update'):,.0f} updates: "
+                    + ", ".join(f"{name} {x:.0f}" for name, x in found.items()))
+    return figure, "LunarLander, mean return of the last 2 evaluations: " + "; ".join(said)
 
 
 # --- two modes ---
@@ -406,12 +405,10 @@ def bc_diffusion_runs(data):
     obs, actions = (np.array(x, np.float32) for x in zip(*(step for episode in episodes for step in episode)))
     timeouts = np.zeros(len(obs), bool)
     timeouts[np.cumsum([len(episode) for episode in episodes]) - 1] = True
-    data.mkdir(parents=True, exist_ok=True)
-    with h5py.File(data / "fork.hdf5", "w") as file:
-        file["observations"], file["actions"], file["rewards"] = obs, actions, np.zeros(len(obs), np.float32)
-        file["terminals"], file["timeouts"] = np.zeros(len(obs), bool), timeouts
-        file["next_observations"] = obs + actions
-    shape = (f"--dataset-id {data / 'fork.hdf5'} --eval-episodes 0 --num-seeds 3 --num-updates 5000 --hidden-dim 64 "
+    if not (data / "fork-v0").exists():
+        from_d4rl.write({"observations": obs, "actions": actions, "rewards": np.zeros(len(obs)), "timeouts": timeouts,
+                         "terminals": np.zeros(len(obs)), "next_observations": obs + actions}, data / "fork-v0")
+    shape = (f"--dataset-id {data / 'fork-v0'} --eval-episodes 0 --num-seeds 3 --num-updates 5000 --hidden-dim 64 "
              "--learning-rate 1e-3")
     hopper = "--dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000"
     return {"fork: bc": f"bc.py {shape}", "fork: T = 5": f"bc_diffusion.py {shape}",
@@ -494,10 +491,10 @@ def bc_diffusion_draw(runs):
     axis.set(xlabel="updates", ylabel="normalised score", ylim=(0, None))
     axis.set_title("hopper/medium-v0", fontsize=10)
     axis.legend(fontsize=8, loc="lower right")
-    return figure, (f"where a road forks before an obstacle {crashed['fork: bc']} drives of bc.py hit the obstacle, {crashed['fork: T = 5']} of "
-                    f"bc_diffusion.py with T = 5 and {crashed['fork: T = 20']} with T = 20; on hopper/medium-v0 bc.py ends "
-                    f"at a score of {final['hopper: bc']} and bc_diffusion.py at {final['hopper: diffusion']} (± deviation "
-                    "over 3 seeds)")
+    return figure, (f"where a road forks before an obstacle {crashed['fork: bc']} drives of bc.py hit the obstacle, "
+                    f"{crashed['fork: T = 5']} of bc_diffusion.py with T = 5 and {crashed['fork: T = 20']} with T = 20; on "
+                    f"hopper/medium-v0 bc.py ends at a score of {final['hopper: bc']} and bc_diffusion.py at "
+                    f"{final['hopper: diffusion']} (± deviation over 3 seeds)")
 
 
 # --- a policy that pleases its model ---
@@ -612,11 +609,12 @@ def dagger_draw(runs):
     axes[1].legend(fontsize=8, loc="upper left")
     axes[2].set(xlabel="step of an episode", ylabel="distance from the expert's action", xlim=(0, 1000), ylim=(0, None))
     axes[2].legend(fontsize=8)
-    return figure, (f"with 10,000 labels DAgger returns {learning[-1].mean():.0f} and BC {cloned[-1].mean():.0f} (expert "
-                    f"{expert[-1, 0]:.0f}); at 800 steps they are {costs['DAgger'][-1]:.0f} and {costs['BC'][-1]:.0f} below "
-                    f"it, which from 200 steps on grows as H to the power {slopes['DAgger']} and {slopes['BC']}, 10 seeds. "
-                    "The bounds say 1 and 2, but 1 only where a mistake can be made good, and a fall in Hopper costs all "
-                    "the rest; what stays flat is how far DAgger acts from the expert, while BC leaves it in 100 steps")
+    return figure, (
+        f"with 10,000 labels DAgger returns {learning[-1].mean():.0f} and BC {cloned[-1].mean():.0f} (expert "
+        f"{expert[-1, 0]:.0f}); at 800 steps they are {costs['DAgger'][-1]:.0f} and {costs['BC'][-1]:.0f} below it, which "
+        f"from 200 steps on grows as H to the power {slopes['DAgger']} and {slopes['BC']}, 10 seeds. The bounds say 1 and "
+        "2, but 1 only where a mistake can be made good, and a fall in Hopper costs all the rest; what stays flat is how "
+        "far DAgger acts from the expert, while BC leaves it in 100 steps")
 
 
 # --- the runner ---
@@ -637,17 +635,17 @@ def run(name, label, command, fresh):
     if begun:
         flags = ["--resume", str(begun[-1].parent)]
     print(f"{name}: {label}: {command}", flush=True)
-    if not sorted(work.glob("*/policy.pt2")):
-        command = [sys.executable, str(ROOT / "algorithms" / script), *flags]
-        subprocess.run(command + ([] if begun else ["--out-dir", str(work)]), check=True, cwd=ROOT)
-    *_, done = sorted(work.glob("*/policy.pt2"))
+    command = [sys.executable, str(ROOT / "algorithms" / script), *flags]
+    subprocess.run(command + ([] if begun else ["--out-dir", str(work)]), check=True, cwd=ROOT)
+    *_, done = sorted(work.glob("*/run.json"))
     globals().get(f"{name}_log", lambda *_: None)(label, done.parent)
     part = kept.with_name(f".{folder}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     for pattern in KEPT:
         for path in done.parent.glob(pattern):
-            text = re.sub('"out_dir": .*', '"out_dir": "runs",', path.read_text())
+            text = about(done.parent) if path == done else path.read_text()
+            text = re.sub('"out_dir": .*', '"out_dir": "runs",', text)
             (part / path.name).write_text(text.replace(str(ROOT) + os.sep, ""))
     shutil.rmtree(kept, ignore_errors=True)
     part.replace(kept)  # whole or not there
@@ -657,8 +655,8 @@ def run(name, label, command, fresh):
 def write_page():
     """README.md beside the plots: each with its sentence."""
     parts = ["# Lessons", "What each method is there to show, from the committed logs of real runs. "
-             "`python benchmark_results/lessons.py NAME` draws a plot anew, with `--fresh` after running its commands again, "
-             "which `--list` prints."]
+             "`python benchmark_results/lessons.py NAME` draws a plot anew, with `--fresh` after running its commands "
+             "again, which `--list` prints."]
     for name in NAMES:
         if (LESSONS / name / "message.txt").exists():
             parts += [f"## {name}", f"![{name}]({name}.png)", (LESSONS / name / "message.txt").read_text().strip()]

@@ -5,17 +5,20 @@
 
 A cell is a directory DATASET/LABEL/ beside this file with a run's args.json, run.json and eval.csv. Its result is the
 last evaluation of every seed, its budget the update of that evaluation; label, budget and seeds name its row.
-notes.toml explains cells by hand: "hopper/medium-v0/iql" = "A sentence." stands beside the table. DATASET/data.json keeps
-the mean return of the data, for clones that do not have the set; it is written where the set is there and the file is not.
+notes.toml explains cells by hand: "hopper/medium-v0/iql" = "A sentence." stands beside the table. DATASET/data.json
+keeps the mean return of the data, for clones that do not have the set; it is written where the set is there and the
+file is not.
 
-Interval of a cell: Student's t over seeds. With three seeds it is wide; a bootstrap of three numbers is too narrow.
+A cell of up to three seeds shows its runs, one of four their mean and range; from five on there is an interval:
+Student's t over seeds. A seed that was lost, whose rows hold nan or are not there, counts no longer.
 Aggregates (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264): interquartile mean of all runs, fraction of runs
 above tau, and the probability that a run of X beats one of Y on the same dataset, ties half, mean over datasets; with
 95 % percentile intervals of a bootstrap that draws seeds within each dataset.
 
-What is compared: a group is the set of (dataset, budget) pairs of some method; its members are the methods that have
-them all, normalised, run to the end, no seed lost, with the same number of seeds, two at least, on each. Aggregates are
-made within groups of two members or more: nothing crosses from one budget on a dataset to another, no row is ranked.
+What is compared: a group is the set of (dataset, budget) pairs of some method, two datasets at least; its members are
+the methods that have them all, normalised, run to the end, no seed lost, with the same number of seeds, five at least,
+on each. Aggregates are made within groups of two members or more: nothing crosses from one budget on a dataset to
+another, no row is ranked.
 """
 import argparse
 import csv
@@ -41,10 +44,11 @@ NAMES = {  # in the order of rows and colours; other labels follow as they are
     "mopo": "MOPO", "mopo_h100": "MOPO, h = 100", "bc_diffusion": "Diffusion BC", "dagger": "DAgger",
     "dqn_offline": "DQN offline",
     "bcq_discrete": "BCQ (discrete)", "cql_discrete": "CQL (discrete)", "bcq_tabular": "BCQ (tabular)"}
-SHORT = "cql", "dt", "mopo", "mopo_h100"  # what an hour or two of one core gives
+SHORT = "cql", "dt", "mopo", "mopo_h100"  # what half an hour to three hours of one core give
 RAW = "args.json", "run.json", "eval.csv"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 ABSENT, RESAMPLES = "–", 10_000
+ENOUGH = 5  # seeds for an interval
 FLAT, FALL = 1 / 200, 1 / 4  # what is flagged: a deviation over seeds to the mean, a seed's fall from its best
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
                      "legend.frameon": False, "font.size": 9, "legend.fontsize": 8, "savefig.dpi": 150})
@@ -69,8 +73,8 @@ def t_quantile(df, level=0.95):
 
 
 def half_width(x):
-    """Of the 95 % interval of the mean of x (S,); None for a single seed."""
-    return t_quantile(len(x) - 1) * np.std(x, ddof=1) / np.sqrt(len(x)) if len(x) > 1 else None
+    """Of the 95 % interval of the mean of x (S,)."""
+    return t_quantile(len(x) - 1) * np.std(x, ddof=1) / np.sqrt(len(x))
 
 
 def iqm(runs):
@@ -117,18 +121,21 @@ def evaluations(text, S):
     rows, keys = list(csv.DictReader(text.splitlines())), ("update", "seed", "episodes", "return_mean", "score")
     if not rows or not text.endswith("\n") or any(None in (*row, *row.values()) for row in rows):
         raise ValueError("a line is incomplete or too long" if rows else "no evaluation in it")
-    table = np.array([[float(row[key] or "nan") for row in rows] for key in keys])
+    rows = [[row[key] for key in keys] for row in rows]
+    if len({(update, seed) for update, seed, *_ in rows}) < len(rows):
+        raise ValueError("a seed stands twice in an evaluation")
+    table = np.array([[float(x or "inf") for x in row] for row in rows if row[3] != "nan"]).reshape(-1, len(keys)).T
     scored = bool(np.isfinite(table[4]).any())
     if not np.isfinite(table[:4 + scored]).all():
         raise ValueError("a number is missing")
-    updates, at = np.unique(table[0].astype(int), return_inverse=True)
-    values = np.full((len(updates), S), np.nan)
     if (table[1] < 0).any():
         raise ValueError("a seed is below 0")
-    values[at, table[1].astype(int)] = table[3 + scored]
-    if np.isfinite(values).sum() < len(rows):
-        raise ValueError("a seed stands twice in an evaluation")
-    return updates, values, scored, int(table[2, -1])
+    updates = np.unique([int(update) for update, *_ in rows])
+    values = np.full((len(updates), S), np.nan)
+    values[np.searchsorted(updates, table[0]), table[1].astype(int)] = table[3 + scored]
+    if not np.isfinite(values[-1]).any():
+        raise ValueError("no seed is finite at the end")
+    return updates, values, scored, int(rows[-1][2])
 
 
 class Cell:
@@ -141,6 +148,7 @@ class Cell:
         self.size, self.planned = int(self.updates[-1]), int(args.get(f"num_{unit}", 0))
         self.about["wall_seconds"] = float(self.about["wall_seconds"])
         self.final, self.curve = self.values[-1][np.isfinite(self.values[-1])], np.nanmean(self.values, 1)
+        self.exact = self.about["method"] == "bcq_tabular"  # expectations
         self.whole = self.size >= self.planned and len(self.final) == self.seeds
         self.label, self.budget = folder.name, f"{self.size:,} {unit}"
         self.row = f"{named(self.label)}, {self.budget}, {self.seeds} seed{'s' * (self.seeds > 1)}"
@@ -153,7 +161,14 @@ class Cell:
         return f"{x:.{places}f}" + (f" ± {width:.{places}f}" if width is not None else "")
 
     def result(self):
-        return "return " * (not self.scored) + self.text(self.mean, half_width(self.final))
+        x = self.final
+        if len(x) < 4:
+            found = ", ".join(map(self.text, x))
+        elif len(x) < ENOUGH:
+            found = f"{self.text(self.mean)} ({self.text(x.min())} to {self.text(x.max())})"
+        else:
+            found = self.text(self.mean, half_width(x))
+        return "return " * (not self.scored) + found
 
 
 def read_all():
@@ -180,7 +195,7 @@ def beside(dataset):
 
 
 def of_data(dataset):
-    """Transitions, episodes, mean return and its score: from data.json beside the cells, else from the set; {} without."""
+    """Transitions, episodes, mean return, its score: from data.json beside the cells, else from the set; {} without."""
     folder, kept = ROOT / "datasets" / dataset / "data", beside(dataset)
     if kept.exists():
         return load(kept, json.loads, "return_mean", "score")
@@ -191,16 +206,18 @@ def of_data(dataset):
     mean, known = float(np.mean([np.sum(x) for x in rewards])), json.loads((folder / "metadata.json").read_text())
     low, high = known.get("ref_min_score", np.nan), known.get("ref_max_score", np.nan)
     score = round(100 * (mean - low) / (high - low), 3) if np.isfinite(high - low) else None
-    return {"transitions": sum(map(len, rewards)), "episodes": len(rewards), "return_mean": round(mean, 3), "score": score}
+    return {"transitions": sum(map(len, rewards)), "episodes": len(rewards), "return_mean": round(mean, 3),
+            "score": score}
 
 
 def groups(cells):
     """{((dataset, budget), ...): {label: runs (K, S)}}, by the rule above."""
     methods, found = {}, {}
     for cell in sorted(cells, key=lambda cell: cell.order):
-        if cell.scored and cell.whole and cell.seeds > 1:
+        if cell.scored and cell.whole and cell.seeds >= ENOUGH:
             methods.setdefault(cell.label, {})[cell.dataset, cell.budget] = cell.final
-    for key in sorted({tuple(sorted(own)) for own in methods.values()}, key=lambda key: (-len(key), key)):
+    keys = {tuple(sorted(own)) for own in methods.values() if len({dataset for dataset, _ in own}) > 1}
+    for key in sorted(keys, key=lambda key: (-len(key), key)):
         runs = {label: [own[pair] for pair in key] for label, own in methods.items() if own.keys() >= set(key)}
         found[key] = {label: np.stack(x) for label, x in runs.items() if len(set(map(len, x))) == 1}
     return {key: members for key, members in found.items() if len(members) > 1}
@@ -221,21 +238,23 @@ def title(key):
 
 def flags(cell, cells, mean_of_data):
     """Why a cell is to be read with care."""
-    last, top = cell.values[-1], np.fmax.reduce(cell.values)
+    top, last = np.fmax.reduce(cell.values), cell.values[-3:].mean(0)  # NaN of a seed that was lost
+    last = np.maximum(last, cell.values[-1])  # a dip that is over is no fall
     if not cell.whole:
         yield f"update {cell.size:,} of {cell.planned:,}, {len(cell.final)} of {cell.seeds} seeds at the end"
     if len(cell.final) > 1 and (deviation := np.std(cell.final, ddof=1)) <= FLAT * abs(cell.mean):
         yield f"the seeds hardly differ (deviation {deviation:.2g})"
     if len(fallen := np.flatnonzero(top - last > FALL * abs(top))):
         k = fallen[np.argmax((top - last)[fallen])]
-        yield (f"at the end more than a quarter below the best of its training: {len(fallen)} of {cell.seeds} seeds "
-               f"(seed {k}: {cell.text(last[k])} after {cell.text(top[k])})")
+        yield ("at the end and in the mean of the last three evaluations more than a quarter below the best of "
+               f"training: {len(fallen)} of {cell.seeds} seeds (seed {k}: {cell.text(last[k])} after "
+               f"{cell.text(top[k])})")
     for bc in cells:
         same = (bc.dataset, bc.budget, bc.scored) == (cell.dataset, cell.budget, cell.scored)
-        if bc.about["method"] == "bc" and same and cell.mean < bc.mean:
-            yield f"below {named(bc.label)} of the same budget ({bc.result()})"
-    if cell.mean < mean_of_data:
-        yield f"below the mean of the data ({cell.text(mean_of_data)})"
+        if bc.about["method"] == "bc" and same and cell.final.max() < bc.final.min():
+            yield f"every run below every one of {named(bc.label)} of the same budget ({bc.result()})"
+    if cell.final.max() < mean_of_data:
+        yield f"every run below the mean of the data ({cell.text(mean_of_data)})"
 
 
 def scores(cells, data, notes):
@@ -252,12 +271,15 @@ def scores(cells, data, notes):
             remarks.append(f"{len(remarks) + 1}. {named(cell.label)} on {cell.dataset}, {cell.budget}: {remark}")
             mark = f" <sup>{len(remarks)}</sup>"
         rows.setdefault(cell.row, absent.copy())[cell.dataset] = cell.result() + mark
-    episodes = " or ".join(map(str, sorted({cell.episodes for cell in cells})))
+    episodes = " or ".join(map(str, sorted({cell.episodes for cell in cells if not cell.exact})))
+    exact = ", ".join(dict.fromkeys(named(cell.label) for cell in cells if cell.exact))
     about = (
-        f"Normalised score at the last evaluation, {episodes} episodes per seed: mean ± half-width of Student's 95 % "
-        "interval over seeds." + " A single seed has none." * any(len(cell.final) == 1 for cell in cells)
+        "Normalised score at the last evaluation, " + ", ".join(filter(None, (
+            f"{episodes} episodes per seed" * bool(episodes), f"of {exact} its expectation" * bool(exact))))
+        + f": each run up to three seeds, mean and range of four, mean ± half-width of Student's 95 % interval from "
+        f"{ENOUGH} on."
         + " Where there is no reference, the cell is a return." * any(not cell.scored for cell in cells)
-        + " Short is what an hour or two of one core gives." * any(cell.label in SHORT for cell in cells)
+        + " Short is what half an hour to three hours of one core give." * any(cell.label in SHORT for cell in cells)
         + f" {ABSENT} is absent. The budget is part of a row's name: on a dataset, rows of unequal budgets are not to "
         "be compared.")
     care = ["To be read with care:", "\n".join(remarks)] * bool(remarks)
@@ -267,13 +289,14 @@ def scores(cells, data, notes):
 
 def aggregates(found):
     if not found:
-        return "No two methods have equal budgets on the same datasets: there is nothing to aggregate or to compare."
+        return fill(f"No two methods have equal budgets and {ENOUGH} seeds or more on the same two datasets or more: "
+                    "there is nothing to aggregate or to compare, and no plot of it.")
     parts = [fill(
         "Interquartile mean of the normalised scores of all runs, and the probability that a run of the row's method "
         "beats one of the column's on the same dataset (ties half, mean over datasets), with 95 % intervals of a "
-        f"bootstrap that draws seeds within each dataset ({RESAMPLES:,} resamples; Agarwal et al. 2021). With two or "
-        "three seeds these are too narrow, since they cannot leave the range of the seeds; one without width says only "
-        "that no seeds overlap. Each table holds the methods with these budgets on these datasets, and no others.")]
+        f"bootstrap that draws seeds within each dataset ({RESAMPLES:,} resamples; Agarwal et al. 2021). With few "
+        "seeds these are too narrow, since they cannot leave the range of the seeds; one without width says only that no "
+        "seeds overlap. Each table holds the methods with these budgets on these datasets, and no others.")]
     for key, runs in found.items():
         rows = []
         for x in runs:
@@ -287,16 +310,19 @@ def aggregates(found):
 def provenance(cells):
     rows, parts, speed = [], ("python", "torch", "numpy", "gymnasium", "mujoco"), "updates_per_second"
     for cell in sorted(cells, key=lambda cell: cell.dataset):
-        known = {key: str(value) for key, value in cell.about.items() if value is not None}
-        hardware = [known[key] for key in ("gpu", "cpu") if key in known] + [f"threads: {known.get('threads')}"]
+        known = {key: str(value) for key, value in cell.about.items() if value not in (None, "", "cpu")}
+        hardware = [known[key] for key in ("gpu", "device", "cpu") if key in known]
+        if "threads" in known:
+            hardware.append(f"threads: {known['threads']}")
         rows.append([f"`{cell.dataset}`: {cell.row}", cell.text(cell.mean),
                      f"{cell.text(cell.best)} at {cell.best_at:,}", str(cell.episodes),
                      known.get("commit", ABSENT)[:7], ", ".join(hardware),
                      ", ".join(f"{part} {known[part]}" for part in parts if part in known),
                      str(timedelta(seconds=round(cell.about["wall_seconds"]))), known.get(speed, ABSENT)])
-    about = "Best of training is the evaluation with the highest mean over seeds, chosen after the fact; it is in no " \
-            "other table. Updates per second count an update of all seeds as one, with evaluations beside it. Wall times " \
-            "leave out the fit of MOPO's model."
+    apart = any(cell.about["method"] == "mopo" and "threads" in cell.about for cell in cells)  # as it was at first
+    about = ("Best of training is the evaluation with the highest mean over seeds, chosen after the fact; it is in no "
+             "other table. Updates per second count an update of all seeds as one, with evaluations beside it."
+             + " Where threads are named, MOPO's wall time leaves out the fit of its model." * apart)
     head = "cell", "last", "best of training", "episodes", "commit", "hardware", "versions", "wall time", "updates/s"
     return fill(about) + "\n\n" + table(head, rows)
 
@@ -308,14 +334,16 @@ def texts(cells, data):
     if unknown := sorted(notes.keys() - {cell.key for cell in cells}):
         fail(f"{path} explains {unknown[0]}, but there is no such cell")
     plot, result = "![Learning curves: mean and range of the seeds]({}plots/curves.png)", scores(cells, data, notes)
+    found = groups(cells)
     report = ["# Results", "`python benchmark_results/report.py` wrote this page from the raw files beside it.",
-              "## Last evaluation", result, plot.format(""), "## Aggregates", aggregates(groups(cells)),
+              "## Last evaluation", result, plot.format(""), "## Aggregates", aggregates(found),
               "## Where each cell comes from", provenance(cells)]
     brief, _, care = result.partition("\n\nTo be read with care:")
     numbers = "The small numbers are notes on cells to be read with care, in REPORT.md. " * bool(care)
     part = [BEGIN, plot.format("benchmark_results/"), brief, fill(numbers +
-        "Lines in the plot are means over seeds, bands reach from the lowest seed to the highest. Aggregates, and the "
-        "commit, hardware, versions and wall time of every cell: [REPORT.md](benchmark_results/REPORT.md)."), END]
+        "Lines in the plot are means over seeds, bands reach from the lowest seed to the highest. "
+        + ("Aggregates, and the" if found else "The") + " commit, hardware, versions and wall time of every cell: "
+        "[REPORT.md](benchmark_results/REPORT.md)."), END]
     before, _, rest = (readme.read_text() if readme.exists() else "").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end or BEGIN in rest or END in before + after:

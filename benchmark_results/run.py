@@ -8,20 +8,22 @@
     python benchmark_results/run.py --ray HOST:PORT        # on a Ray cluster: pip install -r requirements-ray.txt
 
 The rows stand in grid.toml: `command`, and a `label` where it is not the name of the file. A command is run as it is,
-with --out-dir or --resume appended. Its run and log.txt grow in runs/grid/DATASET/LABEL/; the small files of a
-finished run go to DATASET/LABEL/ beside the table. A cell whose small files are there, with an args.json that is what
-the command asks for, is finished; any other is resumed or begun, and replaces older results when it is done.
+with --out-dir or --resume appended. Its run and log.txt grow in runs/grid/DATASET/LABEL/; the small files of a finished
+run go to DATASET/LABEL/ beside the table, run.json with the processor's model, Python's version and updates per second.
+A cell whose small files are there, with an args.json that is what the command asks for, is finished; any other is
+resumed or begun, and replaces older results when it is done.
 
 Kill it at any moment and start it again: the result is the same set of files. Ctrl-C and SIGTERM let the cells save
 and leave; a second one kills them. If this process dies first, they save (Linux) or go on (elsewhere), and a lock
 that they inherit makes the next start wait for them. A failed cell does not stop the others; the status is then 1.
 
-A cell trains with one thread; its evaluation, mostly one process at a time, comes on top. Two variables keep glibc from
-handing large blocks back after every update (MEMORY), which costs CQL with several seeds most of its time on a CPU. On a
-Ray cluster a cell takes one GPU if there is any, else one CPU, and is resumed on another worker if its own dies: the
-repository has to be at the same path on every node, in a file system that they share and that can lock files.
+A cell trains with one thread; its evaluation, mostly one process at a time, comes on top. Two variables keep glibc
+from handing large blocks back after every update (MEMORY), which costs CQL with several seeds most of its time on a
+CPU. On a Ray cluster a cell takes one GPU if there is any, else one CPU, and is resumed on another worker if its own
+dies: the repository has to be at the same path on every node, in a file system that they share and that can lock files.
 """
-import argparse, ast, fcntl, json, os, queue, re, shlex, shutil, signal, socket, subprocess, sys, time, tomllib
+import argparse, ast, fcntl, json, os, platform, queue, re, shlex, shutil, signal, socket, subprocess, sys, time
+import tomllib
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
@@ -68,12 +70,18 @@ def flags(words, default):
 
 def defaults(script):
     """{name: value} of a method's Args, read without importing it; of a file that cannot be read the cell will tell."""
+    def value(node):  # or, of one that depends on the machine, its text
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            return ast.unparse(node)
+
     try:
         tree = ast.parse((ROOT / script).read_text())
     except (OSError, SyntaxError):
         return {}
     fields = [x for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args" for x in node.body]
-    return {x.target.id: ast.literal_eval(x.value) for x in fields if isinstance(x, ast.AnnAssign)}
+    return {x.target.id: value(x.value) for x in fields if isinstance(x, ast.AnnAssign)}
 
 
 def read_grid(path, runs):
@@ -105,15 +113,8 @@ def same(value, asked):
         return str(value) == str(asked)
 
 
-def differs(cell, place):
-    """Why the files of a directory are not those that the command asks for; empty if they are."""
-    if not all((place / name).exists() for name in KEPT):
-        return "no results yet"
-    try:
-        has, about = (json.loads((place / name).read_text()) for name in KEPT[:2])
-        has["method"] = about["method"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        return f"damaged results ({error!r})"
+def differs(cell, has):
+    """Why a run with these flags and this method is not what the command asks for; empty if it is."""
     for name, asked in {"method": Path(cell.words[1]).stem, **cell.default, **cell.typed}.items():
         known = name in has or name in cell.typed  # else it is newer than the run, which had its default
         if known and name not in FREE and not same(has.get(name), asked):
@@ -121,12 +122,25 @@ def differs(cell, place):
     return ""
 
 
+def lacks(cell):
+    """Why the results of a cell are not there as its command asks for them; empty if they are."""
+    if not all((cell.results / name).exists() for name in KEPT):
+        return "no results yet"
+    try:
+        has, about = (json.loads((cell.results / name).read_text()) for name in KEPT[:2])
+        return differs(cell, {**has, "method": about["method"]})
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return f"damaged results ({error!r})"
+
+
 def find_run(cell):
     """The directory of a run to copy from or to resume, else None; and whether it is done."""
-    runs = [path.parent for path in sorted(cell.work.glob("*/checkpoint.pt")) if not differs(cell, path.parent)]
-    done = [run for run in runs if (run / "policy.pt2").exists()]
-    begun = [run for run in runs if json.loads((run / "args.json").read_text()).keys() == cell.default.keys()]
-    return (done or begun or [None])[-1], bool(done)  # --resume demands the flags of today
+    runs = {path.parent: json.loads(path.with_name("args.json").read_text())
+            for path in sorted(cell.work.glob("*__*__*__*/checkpoint.pt"))}  # DATASET__METHOD__SEED__TIME
+    runs = {run: has for run, has in runs.items() if not differs(cell, {**has, "method": run.name.split("__")[-3]})}
+    done = [run for run in runs if (run / "run.json").exists()]  # which is written last
+    begun = [run for run, has in runs.items() if has.keys() == cell.default.keys()]  # else the file has changed since
+    return (done or begun or [None])[-1], bool(done)
 
 
 def full_command(cell, run):
@@ -145,12 +159,25 @@ def tidy(cell):
     return places
 
 
+def processor():
+    """Its model, as Linux has it."""
+    told = Path("/proc/cpuinfo")
+    return (re.findall("model name.*: (.*)", told.read_text() if told.exists() else "") or [platform.machine()])[0]
+
+
+def about(run):
+    """The text of run.json, with what the files of the methods leave to others."""
+    known = json.loads((run / "run.json").read_text())
+    return json.dumps({**known, "cpu": f"{os.cpu_count()} x {processor()}", "python": platform.python_version(),
+                       "updates_per_second": round(known["update"] / known["wall_seconds"], 2)}, indent=1)
+
+
 def publish(cell, run):
     """The small files of a finished run become the results, whole or not at all."""
     new, old = tidy(cell)
     new.mkdir(parents=True)
-    for name in KEPT[1:]:
-        shutil.copyfile(run / name, new / name)
+    shutil.copyfile(run / "eval.csv", new / "eval.csv")
+    (new / "run.json").write_text(about(run))
     args = json.loads((run / "args.json").read_text())
     (new / "args.json").write_text(json.dumps({**args, "out_dir": "runs"}, indent=1))
     if cell.results.exists():
@@ -183,7 +210,7 @@ def run_cell(cell, env={}):
                 break
             except BlockingIOError:  # another runner has it, or a cell whose runner was killed
                 time.sleep(0.2)
-        if STOP or not differs(cell, cell.results):  # another runner has finished it
+        if STOP or not lacks(cell):  # another runner has finished it
             return
         run, done = find_run(cell)
         if not done:
@@ -286,7 +313,7 @@ def main():
     cells = [cell for cell in read_grid(args.grid, args.runs) if any(text in cell.name for text in args.only or [""])]
     cells, left = (cells or parser.error(f"no row of {args.grid} is called so: {args.only}"))[part - 1::parts], []
     for cell in cells:
-        why, (run, done) = differs(cell, cell.results), find_run(cell)
+        why, (run, done) = lacks(cell), find_run(cell)
         left += [cell] * bool(why)
         if args.dry_run:
             print(f"# {cell.name}: {why or 'finished'}{', but its run is done' if why and done else ''}")

@@ -3,8 +3,8 @@
     python benchmark_results/watch.py runs/hopper-medium-v0__iql__0__1795411111111
     python benchmark_results/watch.py RUN_DIR --seeds 0 --steps 400 --every 4 --width 240
 
-Writes RUN_DIR/watch-0.gif, watch-1.gif, ... Without a display MuJoCo renders by EGL; MUJOCO_GL=osmesa is its renderer in
-software. A Decision Transformer is asked for the return that its evaluations ask for. Tables cannot be watched.
+Writes RUN_DIR/watch-0.gif, watch-1.gif, ... Without a display MuJoCo renders by EGL; MUJOCO_GL=osmesa is its renderer
+in software. A Decision Transformer is asked for the return that its evaluations ask for. Tables cannot be watched.
 """
 import argparse
 import json
@@ -40,17 +40,19 @@ def task_of(folder):
         fail(f"{folder} is no directory of a finished run: {error}")
     if not hasattr(module, "Task"):
         fail(f"the policy of {module.METHOD} cannot be watched")
-    dataset = None
-    if hasattr(module, "find") and not args.dataset_id.endswith(".hdf5"):
-        dataset = module.find(args.dataset_id if Path(args.dataset_id).exists() else args.dataset_id.split("+")[0])
-    task = module.Task(args, dataset)
-    if task.spec is None:
-        fail(f"{folder}: the data names no environment, and --env-id was not given")
+    if hasattr(module, "make_task"):
+        return module, module.make_task(args), 0
+    try:
+        name = args.dataset_id if Path(args.dataset_id).exists() else args.dataset_id.split("+")[-1]
+        env = gym.make(args.env_id) if args.env_id else module.find(name).recover_environment(eval_env=True)
+        task = module.Task(env, env.action_space, len(module.flat(env.reset()[0])), {})
+    except Exception as error:
+        fail(f"{folder}: no environment, neither of {name} nor by --env-id: {error or type(error).__name__}")
     return module, task, getattr(args, "context", 0)
 
 
 def import_mujoco():
-    """Imports MuJoCo, which fails where the renderer of MUJOCO_GL is not installed: then without one. Returns the error."""
+    """Imports MuJoCo; without a renderer, and with the error returned, where that of MUJOCO_GL is not installed."""
     try:
         find_spec("mujoco") and import_module("mujoco")
     except Exception as error:
@@ -77,8 +79,8 @@ def renderer(spec, problem):
 
 
 def acting(policy, k, task, context):
-    """A function from an observation (obs_dim,), the return so far and the step to the action of agent k. With a context
-    it is a Decision Transformer's, which sees its last steps."""
+    """A function from an observation (obs_dim,), the return so far and the step to the action of agent k. With a
+    context it is a Decision Transformer's, which sees its last steps."""
     window = []  # a step: what of the return is still to come, observation, action, time
 
     @torch.no_grad()
@@ -103,9 +105,10 @@ def play(act, k, module, task, env, options):
             picture = picture.resize((options.width, round(picture.height * options.width / picture.width)))
             frame = Image.new("RGB", (options.width, picture.height + 18), "white")
             frame.paste(picture)
-            ImageDraw.Draw(frame).text((6, picture.height + 3), f"seed {k}   step {t}   return {total:.0f}", fill="black")
+            line = f"seed {k}   step {t}   return {total:.0f}"
+            ImageDraw.Draw(frame).text((6, picture.height + 3), line, fill="black")
             frames.append(frame)
-        obs, reward, terminated, truncated, _ = env.step(act(module.flat(obs, task.obs_space), total, t))
+        obs, reward, terminated, truncated, _ = env.step(act(module.flat(obs), total, t))
         total += float(reward)
         if terminated or truncated:
             break

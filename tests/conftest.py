@@ -1,21 +1,43 @@
+import concurrent.futures
 import os
-import sys
+import signal
 from importlib import import_module
 from pathlib import Path
 
+import from_d4rl
 import gymnasium as gym
-import h5py
 import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-OFFLINE = ["bc", "td3_bc", "iql", "sac_offline", "cql", "bc_diffusion"]  # on transitions with continuous actions
+ALL = sorted(path.stem for path in (Path(__file__).resolve().parents[1] / "algorithms").glob("*.py"))
+OFFLINE = ["bc", "td3_bc", "iql", "sac_offline", "cql", "bc_diffusion", "ddpg_offline", "bcq", "bear", "brac", "fisher_brc",
+           "algaedice", "bc_gaussian", "bc_gmm", "bc_vae", "awac"]  # on transitions with continuous actions
 DISCRETE = ["dqn_offline", "bcq_discrete", "cql_discrete"]
-ONLINE = ["sac", "dqn"]
-METHODS = [*OFFLINE, *DISCRETE, *ONLINE]
-ALL = [*METHODS, "bcq_tabular", "dagger", "dt", "mopo"]  # the last four are so different that they have tests of their own
+ONLINE = ["sac", "dqn", "ddpg", "td3"]
+OFFLINE, DISCRETE, ONLINE = ([name for name in names if name in ALL] for names in (OFFLINE, DISCRETE, ONLINE))
+METHODS = [*OFFLINE, *DISCRETE, *ONLINE]  # the others are so different that they have tests of their own
+
+
+class InLine:
+    """An executor that works in this process, at once."""
+
+    def __init__(self, *_):
+        pass
+
+    def submit(self, function, *args):
+        future = concurrent.futures.Future()
+        with torch.random.fork_rng():
+            future.set_result(function(*args))
+        return future
+
+
+real, concurrent.futures.ProcessPoolExecutor = concurrent.futures.ProcessPoolExecutor, InLine
+for name in ALL:
+    import_module(name)  # what a test imports evaluates in line; commands have worker processes
+concurrent.futures.ProcessPoolExecutor = real
 
 
 def pytest_collection_modifyitems(items):
@@ -69,27 +91,26 @@ def record(root, env_id, steps):
     return root / "tiny-v0"
 
 
-def write_d4rl(path, lengths, ends, obs_dim=3, act_dim=2, next_observations=True, **changes):
-    """A D4RL file whose episodes have these lengths and end in "terminal", "timeout" or neither (""). An observation
+def arrays(lengths, ends, obs_dim=3, act_dim=2, next_observations=True, **changes):
+    """D4RL's arrays of episodes that have these lengths and end in "terminal", "timeout" or neither (""). An observation
     holds (episode, step, 0.1), an action (step / 100, ...), a reward the global row number."""
     rows = [(e, t) for e, n in enumerate(lengths) for t in range(n)]
     obs = np.array([[e, t, *[0.1] * (obs_dim - 2)] for e, t in rows], np.float32)
     last = np.array([t == lengths[e] - 1 for e, t in rows], bool)
     kind = np.array([ends[e] for e, _ in rows], dtype=str)
-    data = {
+    found = {
         "observations": obs, "actions": np.array([[t / 100] * act_dim for _, t in rows], np.float32),
         "rewards": np.arange(len(rows), dtype=np.float32),
         "terminals": last & (kind == "terminal"), "timeouts": last & (kind == "timeout")}
     if next_observations is True:
-        data["next_observations"] = obs + np.eye(obs_dim, dtype=np.float32)[1]
-    if isinstance(next_observations, np.ndarray):
-        data["next_observations"] = next_observations
-    data.update(changes)
-    with h5py.File(path, "w") as file:
-        for key, value in data.items():
-            if value is not None:
-                file[key] = value
-    return str(path)
+        found["next_observations"] = obs + np.eye(obs_dim, dtype=np.float32)[1]
+    found.update(changes)
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def made(folder, *args, env_id="", **changes):
+    """The directory of a Minari set of `arrays`."""
+    return str(from_d4rl.write(arrays(*args, **changes), folder, env_id))
 
 
 def small(method, dataset, out, **flags):
@@ -98,14 +119,38 @@ def small(method, dataset, out, **flags):
         dataset = Path(dataset).parents[1] / "cartpole" / "tiny-v0"
     data = {} if method in ONLINE else {"dataset_id": str(dataset)}
     steps = {"sac": dict(env_id="Hopper-v5", num_steps=40, learning_starts=8),
+             "ddpg": dict(env_id="Hopper-v5", num_steps=40, learning_starts=8),
+             "td3": dict(env_id="Hopper-v5", num_steps=40, learning_starts=8),
              "dqn": dict(env_id="CartPole-v1", num_steps=40, learning_starts=8, epsilon_steps=16, train_freq=2)}
     steps = steps.get(method, dict(num_updates=40))
-    shape = dict(batch_size=16, hidden_dim=16, eval_every=20, eval_episodes=2, eval_workers=0, device="cpu", out_dir=str(out))
+    shape = dict(batch_size=16, hidden_dim=16, eval_every=20, eval_episodes=2, device="cpu", out_dir=str(out))
     return import_module(method).Args(**{**data, **steps, **shape, **flags})
 
 
 def checkpoint(run):
-    return torch.load(run / "checkpoint.pt", weights_only=True)
+    """Its agent {name: tensor}, moments, rng, counters [update, seconds, losses, evals]; and update."""
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    return {**state, "update": state["counters"][0]}
+
+
+def resume(module, folder, **flags):
+    """Goes on with a run as the command would."""
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return module.main(module.parse(["--resume", str(folder), *words]))
+
+
+def stop_at(module, update, monkeypatch, number=signal.SIGTERM):
+    """Lets a signal arrive in the call that leads to an update."""
+    train = module.train
+
+    def patched(run, step):
+        def stopped():
+            if run.update + run.agent.updates_per_call >= update:
+                os.kill(os.getpid(), number)
+            return step()
+        return train(run, stopped)
+
+    monkeypatch.setattr(module, "train", patched)
 
 
 def flat(state, prefix=""):

@@ -1,4 +1,4 @@
-"""sac_offline.py and cql.py: the logsumexp over proposals, its gradient, its value by hand, the Lagrangian, the lesson's Q."""
+"""sac_offline.py and cql.py: the logsumexp over proposals, its gradient, its value by hand, the Lagrangian, q_start."""
 import difflib
 import math
 import re
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sac_offline
 import torch
-from conftest import small
+from conftest import made, small
 
 S, E, B, O, A, n = 3, 2, 5, 4, 6, 10
 ARGS = SimpleNamespace(gamma=0.9, cql_alpha=5.0, cql_target_gap=None, num_proposals=n)
@@ -80,7 +80,8 @@ def test_cql_critic_by_hand(batch):
     expected, gaps = np.zeros(S), np.zeros((S, E))
     for k in range(S):
         for i in range(B):
-            q_next = min(forward(critic_target.net, torch.cat([s_next[k, i], a_target[k, i]]), k, e).item() for e in range(E))
+            x_next = torch.cat([s_next[k, i], a_target[k, i]])
+            q_next = min(forward(critic_target.net, x_next, k, e).item() for e in range(E))
             y = (r[k, i] + 0.9 * (1 - d[k, i]) * q_next).item()
             for e in range(E):
                 q = forward(critic.net, torch.cat([s[k, i], a[k, i]]), k, e).item()
@@ -152,23 +153,34 @@ def test_multiplier_climbs_above_the_target_gap_and_falls_below():
     assert grad.sign().tolist() == [-1, 0, 1]
 
 
+def test_the_multiplier_rests_at_a_million():
+    multiplier = cql.Temperature(1)
+    for log_alpha in 14.0, 89.0:
+        multiplier.log_alpha.data.fill_(log_alpha)
+        loss = cql.multiplier_loss(multiplier, torch.tensor([[9.0, 11.0]]), SimpleNamespace(cql_target_gap=5.0))
+        (grad,) = torch.autograd.grad(loss.sum(), multiplier.parameters())
+        assert grad == 0 and multiplier().item() == pytest.approx(1e6)
+
+
+def agent_of(module, dataset, **flags):
+    args = small(module.METHOD, dataset, "", num_seeds=S, eval_episodes=0, **flags)
+    module.setup(args)
+    data = module.load(args)
+    return module.Agent(args, data.obs_dim, data.act_dim, data)
+
+
 @pytest.mark.parametrize("gap", [None, 1.0])
-def test_the_multiplier_moves_only_with_a_target_gap(gap, hopper, tmp_path):
-    args = cql.check(small("cql", hopper, tmp_path, num_seeds=S, cql_target_gap=gap))
-    data = cql.load(args)
-    agent = cql.Agent(args, data.obs_dim, data.act_dim, data)
+def test_the_multiplier_moves_only_with_a_target_gap(gap, hopper):
+    agent = agent_of(cql, hopper, cql_target_gap=gap)
     for _ in range(3):
         agent.update()
     assert ((agent.multiplier.log_alpha != 0).all() if gap else (agent.multiplier.log_alpha == 0).all())
 
 
 @pytest.mark.parametrize("module", [sac_offline, cql])
-def test_q_start_is_the_value_of_the_mode_where_episodes_begin(module, hopper, tmp_path):
-    mixture = "+".join([str(hopper)] * 4)
-    args = module.check(small(module.METHOD, mixture, tmp_path, num_seeds=S))
-    data = module.load(args)
-    agent = module.Agent(args, data.obs_dim, data.act_dim, data)
-    N = int(data.episode.max()) + 1
+def test_q_start_is_the_value_of_the_mode_where_episodes_begin(module, hopper):
+    agent = agent_of(module, "+".join([str(hopper)] * 4))
+    data, N = agent.data, int(agent.data.episode.max()) + 1
     assert 64 < N < 128
     first = [int((data.episode == i).nonzero()[0]) for i in range(0, N, 2)]  # at most 64, of all sets of a mixture
     agent.update()
@@ -180,19 +192,14 @@ def test_q_start_is_the_value_of_the_mode_where_episodes_begin(module, hopper, t
 
 def test_cql_puts_actions_without_data_below_the_data_and_sac_does_not(tmp_path):
     """One step with reward 1 at a = 0.5, the only action in the data."""
-    from conftest import write_d4rl
-
-    path = write_d4rl(tmp_path / "one.hdf5", [1] * 64, ["terminal"] * 64, act_dim=1, actions=np.full((64, 1), 0.5, np.float32),
-                      rewards=np.ones(64, np.float32))
+    path = made(tmp_path / "one-v0", [1] * 64, ["terminal"] * 64, act_dim=1, actions=np.full((64, 1), 0.5, np.float32),
+                rewards=np.ones(64, np.float32))
     gaps = {}
     for module in (sac_offline, cql):
-        args = module.check(small(module.METHOD, path, tmp_path, num_seeds=S, batch_size=32, hidden_dim=32, eval_episodes=0,
-                                  critic_lr=3e-3))
-        data = module.load(args)
-        agent = module.Agent(args, data.obs_dim, data.act_dim, data)
+        agent = agent_of(module, path, batch_size=32, hidden_dim=32, critic_lr=3e-3)
         for _ in range(300):
             agent.update()
-        s, other = data.obs[:32].expand(S, -1, -1), torch.linspace(-1, 1, 32).view(1, -1, 1).expand(S, -1, 1)
+        s, other = agent.data.obs[:32].expand(S, -1, -1), torch.linspace(-1, 1, 32).view(1, -1, 1).expand(S, -1, 1)
         at_data = agent.critic(s, torch.full_like(other, 0.5)).mean((1, 2))
         gaps[module.METHOD] = (at_data - agent.critic(s, other).mean((1, 2))).detach()
     assert (gaps["cql"] > 1).all() and (gaps["sac_offline"] < 0.5).all(), gaps

@@ -1,13 +1,12 @@
 """DAgger's interaction: who acts, who labels, what is kept; and a problem on which cloning drifts."""
 import csv
-import signal
 
 import dagger as m
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, same
+from conftest import checkpoint, resume, same, stop_at
 
 SEEN = []  # per environment that a test made: the (obs, action, next_obs) of all its steps, None at each reset
 
@@ -64,14 +63,15 @@ def best(tmp_path_factory):
 
 def args(best, out="", **flags):
     shape = dict(env_id="Drift-v0", num_updates=40, rounds=4, steps_per_round=30, batch_size=16, hidden_dim=16,
-                 eval_every=20, eval_episodes=2, eval_workers=0, device="cpu", out_dir=str(out), num_seeds=3)
+                 eval_every=20, eval_episodes=2, device="cpu", out_dir=str(out), num_seeds=3)
     return m.Args(**{**shape, "expert": str(best), **flags})
 
 
 def collected(best, i, S=3, actor=None, **flags):
     """The replay of round i of a fresh actor, or of a given one, the actor, and what the environments saw."""
-    one = m.check(args(best, num_seeds=S, **flags))
-    task = m.Task(one)
+    one = args(best, num_seeds=S, **flags)
+    m.setup(one)
+    task = m.make_task(one)
     task.spec.max_episode_steps = one.horizon or task.spec.max_episode_steps
     replay, actor = m.Replay(S, one.steps_per_round, 2, 1), actor or m.Actor(S, 2, 1, one.hidden_dim)
     SEEN.clear()
@@ -121,9 +121,13 @@ def test_horizon_is_respected_and_episodes_are_labelled_to_their_end(best, tmp_p
         assert {row["length_mean"] for row in rows} == {length}
 
 
+def replay_of(folder):
+    return checkpoint(folder)["agent"]["data._extra_state"]
+
+
 def test_all_rounds_are_kept_for_each_agent(best, tmp_path):
     runs = [m.main(args(best, tmp_path, rounds=n, num_updates=10 * n)) for n in (4, 1)]
-    four, one = (checkpoint(run)["modules"]["replay"] for run in runs)
+    four, one = (replay_of(run) for run in runs)
     assert four["size"] == 120 and four["obs"].shape == (3, 120, 2) and one["size"] == 30
     assert torch.equal(four["obs"][:, :30], one["obs"]) and torch.equal(four["action"][:, :30], one["action"])
     assert all(len(set(four["obs"][:, i, 0].tolist())) == 3 for i in (0, 30, 60, 90))
@@ -184,8 +188,6 @@ def test_nan_in_agent_0_leaves_what_the_others_collect_alone(best):
 
 @pytest.mark.parametrize("stop", [5, 20, 26])
 def test_resume_within_a_round_and_between_two_is_exact(stop, best, tmp_path, monkeypatch):
-    from test_runs import stop_at
-
     flags = dict(beta_decay=0.5, num_seeds=2)
     whole = m.main(args(best, tmp_path / "a", **flags))
     stop_at(m, stop, monkeypatch)
@@ -193,20 +195,37 @@ def test_resume_within_a_round_and_between_two_is_exact(stop, best, tmp_path, mo
         m.main(args(best, tmp_path / "b", **flags))
     monkeypatch.undo()
     (folder,) = (tmp_path / "b").iterdir()
-    state = checkpoint(folder)
-    assert stopped.value.code == 128 + signal.SIGTERM and state["update"] == stop
-    assert state["modules"]["replay"]["size"] == 30 * -(-stop // 10)
-    m.main(m.Args(resume=str(folder)))
+    assert stopped.value.code == f"dagger: stopped at update {stop}; go on with --resume {folder}"
+    assert checkpoint(folder)["update"] == stop and replay_of(folder)["size"] == 30 * -(-stop // 10)
+    resume(m, folder)
     a, b = checkpoint(whole), checkpoint(folder)
-    assert all(same(a[part], b[part]) for part in ("update", "modules", "optimizers", "rng"))
-    assert (whole / "eval.csv").read_text() == (folder / "eval.csv").read_text()
+    assert all(same(a[part], b[part]) for part in ("update", "agent", "moments", "rng"))
+    for name in "eval.csv", "losses.csv":
+        assert (whole / name).read_text() == (folder / name).read_text()
 
 
-def test_updates_are_spread_over_the_rounds_and_labels_are_logged(best, tmp_path):
-    folder = m.main(args(best, tmp_path, num_updates=38, eval_every=10))
+@pytest.mark.parametrize("stop", [20, 26])
+def test_num_updates_cannot_be_given_anew(stop, best, tmp_path, monkeypatch):
+    """It says how long a round is. What was refused leaves the run as it was."""
+    stop_at(m, stop, monkeypatch)
+    with pytest.raises(SystemExit):
+        m.main(args(best, tmp_path))
+    monkeypatch.undo()
+    (folder,) = tmp_path.iterdir()
+    with pytest.raises(SystemExit) as stopped:
+        resume(m, folder, num_updates=60)
+    assert stopped.value.code.startswith("dagger: --num-updates ") and "\n" not in stopped.value.code
+    resume(m, folder)
+    assert checkpoint(folder)["update"] == 40
+
+
+def test_updates_are_spread_over_the_rounds_and_labels_are_logged(best, tmp_path, monkeypatch):
+    seen, update = [], m.Agent.update
+    monkeypatch.setattr(m.Agent, "update", lambda self: seen.append(int(self.data.size)) or update(self))
+    folder = m.main(args(best, tmp_path, num_updates=38))
+    assert seen == [30] * 10 + [60] * 10 + [90] * 10 + [120] * 10
     rows = [row for row in csv.DictReader((folder / "losses.csv").open()) if row["name"] == "labels"]
-    assert [(row["update"], row["value"]) for row in rows if row["seed"] == "2"] == [
-        ("10", "30"), ("20", "60"), ("30", "90"), ("40", "120")]
+    assert [(row["update"], row["seed"], row["value"]) for row in rows] == [("40", k, "120") for k in "012"]
 
 
 @pytest.mark.parametrize("case", ["missing", "garbage", "observations", "actions", "folder"])
@@ -218,26 +237,25 @@ def test_an_expert_that_does_not_fit(case, best, tmp_path, capfd):
              "actions": {"env_id": "Hopper-v5", "expert": wrong}}[case]
     with pytest.raises(SystemExit) as stopped:
         m.main(args(**{"best": best, "out": tmp_path / "out", **flags}))
-    message = capfd.readouterr().err.strip()
-    assert stopped.value.code == 2 and message.startswith("dagger: --expert") and "\n" not in message
+    message = stopped.value.code
+    assert message.startswith("dagger: --expert ") and "\n" not in message and not capfd.readouterr().err
     assert flags.get("expert", str(best)) in message and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flags", [{"beta_decay": -0.1}, {"beta_decay": 1.5}, {"beta_decay": float("nan")},
                                    {"horizon": 0}, {"rounds": 0}, {"steps_per_round": 0}])
-def test_impossible_flags(flags, best, tmp_path, capsys):
+def test_impossible_flags(flags, best, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         m.main(args(best, tmp_path / "out", **flags))
-    message = capsys.readouterr().err.strip()
-    name = next(iter(flags)).replace("_", "-")
-    assert stopped.value.code == 2 and message.startswith(f"dagger: --{name} ") and "\n" not in message
+    ((name, value),) = flags.items()
+    assert stopped.value.code == f"dagger: --{name.replace('_', '-')} cannot be {value}"
     assert not (tmp_path / "out").exists()
 
 
 def test_the_shipped_expert_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    one = m.check(m.Args(device="cpu"))
-    label = m.load_expert(one, m.Task(one))(torch.zeros(4, 11))
+    one = m.Args(device="cpu")
+    label = m.load_expert(one, m.make_task(one))(torch.zeros(4, 11))
     assert label.shape == (4, 3) and label.abs().max() <= 1
 
 

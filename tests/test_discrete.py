@@ -8,23 +8,14 @@ import cql_discrete
 import dqn
 import dqn_offline
 import gymnasium as gym
-import h5py
 import minari
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint, record, same, small
+from conftest import DISCRETE, checkpoint, made, record, resume, same, small, stop_at
 
 S, B, O, A = 3, 5, 4, 6
-OFFLINE = ["dqn_offline", "bcq_discrete", "cql_discrete"]
 ARGS = SimpleNamespace(gamma=0.9, cql_alpha=1.7, threshold=0.3)
-
-
-def online(out, **flags):
-    """A run of dqn.py that takes a second or two."""
-    flags = {"env_id": "CartPole-v1", "num_steps": 40, "learning_starts": 8, "epsilon_steps": 20, **flags}
-    return dqn.main(dqn.Args(**{**dict(batch_size=16, hidden_dim=16, eval_every=20, eval_episodes=2, eval_workers=0,
-                                       device="cpu", out_dir=str(out)), **flags}))
 
 
 def close(tensor, expected):
@@ -201,15 +192,19 @@ class Choice(gym.Env):
 gym.register("Choice-v0", Choice, max_episode_steps=1)
 
 
-def choices(path, probability):
-    """4,000 steps in Choice, in which actions have these probabilities."""
+def choices(folder, probability, n=1000):
+    """n steps in Choice, in which actions have these probabilities."""
     rng = np.random.default_rng(0)
-    obs, action = rng.uniform(-1, 1, (4000, 2)).astype(np.float32), rng.choice(3, 4000, p=probability)
-    with h5py.File(path, "w") as file:
-        file["observations"] = file["next_observations"] = obs
-        file["actions"], file["rewards"] = 5 + action, (action == (obs[:, 0] > 0)) - 1.0
-        file["terminals"], file["timeouts"] = np.ones(4000, bool), np.zeros(4000, bool)
-    return path
+    obs, action = rng.uniform(-1, 1, (n, 2)).astype(np.float32), rng.choice(3, n, p=probability)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("from_d4rl.pack", lambda path: None)  # takes seconds
+        return made(folder, [1] * n, ["terminal"] * n, observations=obs, next_observations=None, actions=5 + action,
+                    rewards=(action == (obs[:, 0] > 0)) - 1.0)
+
+
+@pytest.fixture(scope="module")
+def all_three(tmp_path_factory):
+    return choices(tmp_path_factory.mktemp("all") / "three-v0", [0.3, 0.5, 0.2])
 
 
 def share(folder, *actions):
@@ -217,7 +212,8 @@ def share(folder, *actions):
     obs = torch.rand(500, 2) * 2 - 1
     found = torch.export.load(folder / "policy.pt2").module()(obs)
     assert found.dtype == torch.long and set(found.unique().tolist()) <= {5, 6, 7}
-    return torch.isin(found - 5, torch.tensor(actions)).float().mean() if actions else (found - 5 == (obs[:, 0] > 0)).float().mean()
+    hit = torch.isin(found - 5, torch.tensor(actions)) if actions else found - 5 == (obs[:, 0] > 0)
+    return hit.float().mean()
 
 
 def learn(method, data, out, **flags):
@@ -225,35 +221,34 @@ def learn(method, data, out, **flags):
                                             hidden_dim=32, learning_rate=3e-3, eval_every=10**6, **flags))
 
 
-@pytest.mark.parametrize("method, flags", [("dqn_offline", {}), ("bcq_discrete", {}), ("cql_discrete", {"cql_alpha": 0.1})])
-def test_the_right_action_is_found_although_it_is_not_the_likeliest(method, flags, tmp_path):
-    data = choices(tmp_path / "x.hdf5", [0.3, 0.5, 0.2])
-    assert share(learn(method, data, tmp_path, **flags)) > 0.9
+@pytest.mark.parametrize("method, flags", [
+    ("dqn_offline", {}), ("bcq_discrete", {}), ("cql_discrete", {"cql_alpha": 0.1})])
+def test_the_right_action_is_found_although_it_is_not_the_likeliest(method, flags, all_three, tmp_path):
+    assert share(learn(method, all_three, tmp_path, **flags)) > 0.9
 
 
-def test_cloning_does_what_is_done_most(tmp_path):
-    folder = learn("bcq_discrete", choices(tmp_path / "x.hdf5", [0.3, 0.5, 0.2]), tmp_path, threshold=1.0)
-    assert share(folder, 1) > 0.98
+def test_cloning_does_what_is_done_most(all_three, tmp_path):
+    assert share(learn("bcq_discrete", all_three, tmp_path, threshold=1.0), 1) > 0.98
 
 
 def test_an_action_that_the_data_does_not_hold(tmp_path):
     """Every reward is at most 0, so an action that nobody tried looks good to DQN; BCQ and CQL leave it alone."""
-    data = choices(tmp_path / "x.hdf5", [0.5, 0.5, 0.0])
+    data = choices(tmp_path / "two-v0", [0.5, 0.5, 0.0], 500)
     assert share(learn("dqn_offline", data, tmp_path / "a"), 2) > 0.1
     assert share(learn("bcq_discrete", data, tmp_path / "b"), 2) == 0
     assert share(learn("cql_discrete", data, tmp_path / "c"), 2) == 0
 
 
 def test_dqn_finds_the_right_action_online(tmp_path):
-    folder = online(tmp_path, env_id="Choice-v0", num_steps=500, learning_starts=200, epsilon_steps=100, hidden_dim=32,
-                    batch_size=64, learning_rate=3e-3, eval_every=10**6)
-    assert share(folder) > 0.9
+    args = small("dqn", None, tmp_path, env_id="Choice-v0", num_steps=500, learning_starts=200, epsilon_steps=100,
+                 hidden_dim=32, batch_size=64, learning_rate=3e-3, eval_every=10**6)
+    assert share(dqn.main(args)) > 0.9
 
 
-@pytest.mark.parametrize("method", OFFLINE)
+@pytest.mark.parametrize("method", DISCRETE)
 def test_q_start_is_the_value_of_the_policy_where_episodes_begin(method, tmp_path):
-    module, (updates, q) = import_module(method), (0, [])
-    args = module.check(small(method, record(tmp_path, "CartPole-v1", 60), tmp_path, num_seeds=2))
+    module = import_module(method)
+    args = small(method, record(tmp_path, "CartPole-v1", 60), tmp_path, num_seeds=2)
     data = module.load(args)
     module.prepare(data, args)
     assert data.action.dtype == torch.long and data.act_dim == 2
@@ -267,9 +262,10 @@ def test_q_start_is_the_value_of_the_policy_where_episodes_begin(method, tmp_pat
 
 # --- dqn.py: acting and recording ---
 def test_epsilon_is_1_until_learning_starts_and_then_falls_to_its_end():
-    args = dqn.Args(env_id="CartPole-v1", num_seeds=3, device="cpu", learning_starts=300, epsilon_steps=600, final_epsilon=0.1)
+    args = dqn.Args(env_id="CartPole-v1", num_seeds=3, device="cpu", learning_starts=300, epsilon_steps=600,
+                    final_epsilon=0.1)
     torch.manual_seed(0)
-    task, replay = dqn.Task(args), dqn.Replay(3, 1500, 4)
+    task, replay = dqn.make_task(args), dqn.Replay(3, 1500, 4)
     collector = dqn.Collector(args, task, SimpleNamespace(policy=lambda s: torch.ones(3, 1, dtype=torch.long)), replay)
     for _ in range(1500):
         collector.step()
@@ -279,9 +275,13 @@ def test_epsilon_is_1_until_learning_starts_and_then_falls_to_its_end():
     assert not torch.equal(replay.action[0], replay.action[1])
 
 
+def replay_of(folder):
+    return checkpoint(folder)["agent"]["data._extra_state"]
+
+
 def test_a_truncated_step_is_not_terminated(tmp_path):
     """A car that acts at random does not reach the top of the hill: 200 steps, then a time limit."""
-    replay = checkpoint(online(tmp_path, env_id="MountainCar-v0", num_steps=418, eval_every=420))["modules"]["replay"]
+    replay = replay_of(dqn.main(small("dqn", None, tmp_path, env_id="MountainCar-v0", num_steps=419, eval_every=420)))
     assert replay["size"] == 420 and replay["action"].dtype == torch.long
     assert replay["truncated"][0].nonzero().flatten().tolist() == [199, 399] and not replay["terminated"].any()
     assert not torch.equal(replay["next_obs"][0, 199], replay["obs"][0, 200])
@@ -291,7 +291,7 @@ def recording(tmp_path, name, **flags):
     sets = tmp_path / f"{name}_sets"
     flags = {"num_steps": 400, "eval_every": 100, "record": str(sets), "record_steps": 150, "medium_return": 1.0,
              "num_seeds": 2, **flags}
-    return online(tmp_path / name, **flags), sets / "cartpole"
+    return dqn.main(small("dqn", None, tmp_path / name, **flags)), sets / "cartpole"
 
 
 @pytest.fixture(scope="module")
@@ -335,19 +335,19 @@ def test_scores_are_0_at_random_and_100_at_the_reward_threshold(recorded):
 
 
 def test_medium_replay_is_what_agent_0_saw_and_mixed_is_half_random(recorded):
-    replay = checkpoint(recorded[0])["modules"]["replay"]
+    replay = replay_of(recorded[0])
     obs = np.concatenate([e.observations[:-1] for e in episodes(recorded[1], "medium-replay")[1]])
     np.testing.assert_array_equal(obs, replay["obs"][0, :100])
     mixed = episodes(recorded[1], "mixed")[1]
     half = int(np.searchsorted(np.cumsum([len(e.actions) for e in mixed]), 75)) + 1
     assert sum(len(e.actions) for e in mixed[:half]) == 75
     policy = torch.export.load(recorded[1] / "medium.pt2").module()
-    greedy = [np.mean(np.concatenate([policy(torch.from_numpy(e.observations[:-1]))[0].numpy() == e.actions for e in part]))
-              for part in (mixed[:half], mixed[half:])]
-    np.testing.assert_allclose(greedy, [0.5, 0.9], atol=0.15)  # 0.2 uniform, half of them the greedy one
+    greedy = [policy(torch.from_numpy(e.observations[:-1]))[0].numpy() == e.actions for e in mixed]
+    share = [np.concatenate(part).mean() for part in (greedy[:half], greedy[half:])]
+    np.testing.assert_allclose(share, [0.5, 0.9], atol=0.15)  # 0.2 uniform, half of them the greedy one
 
 
-@pytest.mark.parametrize("method", OFFLINE)
+@pytest.mark.parametrize("method", DISCRETE)
 def test_a_recorded_set_trains(method, recorded, tmp_path):
     final = torch.export.load(recorded[0] / "policy.pt2").module()(torch.randn(9, 4))
     assert final.shape == (2, 9)
@@ -357,15 +357,15 @@ def test_a_recorded_set_trains(method, recorded, tmp_path):
 
 
 def test_recording_goes_on_after_an_interruption(recorded, tmp_path, monkeypatch):
-    from test_runs import stop_at
-
     stop_at(dqn, 256, monkeypatch)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         recording(tmp_path, "b")
     monkeypatch.undo()
     (folder,) = (tmp_path / "b").iterdir()
-    dqn.main(dqn.Args(resume=str(folder)))
-    assert same(checkpoint(folder)["modules"], checkpoint(recorded[0])["modules"])
+    assert stopped.value.code == f"dqn: stopped at update 256; go on with --resume {folder}"
+    resume(dqn, folder)
+    a, b = checkpoint(folder), checkpoint(recorded[0])
+    assert all(same(a[part], b[part]) for part in ("update", "agent", "moments", "rng"))
     for kind, *_ in KINDS:
         a, b = (episodes(root, kind)[1] for root in (recorded[1], tmp_path / "b_sets" / "cartpole"))
         assert len(a) == len(b) and all(np.array_equal(x.observations, y.observations) for x, y in zip(a, b))
@@ -377,19 +377,20 @@ def test_half_trained_is_half_way_from_random_to_the_reward_threshold(tmp_path, 
     monkeypatch.setattr(dqn.Recorder, "write", lambda self, kind, *parts: found.append(kind) or (
         write(self, kind, *parts) if kind == "random" else None))
     args = dqn.Args(record=str(tmp_path), env_id="CartPole-v1", record_steps=3000, device="cpu")
-    task = dqn.Task(args)
-    recorder = dqn.Recorder(args, task, SimpleNamespace(policy=torch.nn.Identity()))
-    run = SimpleNamespace(update=0, evals={}, total=9, alive=[True])
+    recorder = dqn.Recorder(args, dqn.make_task(args), SimpleNamespace(policy=torch.nn.Identity()))
+    run = SimpleNamespace(update=0, evals=["update,seed,episodes,return_mean"], total=9, lost=set(),
+                          collect=lambda wait: None)
     recorder.look(run)
     for run.update, score in (1, 230.0), (2, 260.0):
-        run.evals = {run.update: [[run.update, 1, 2, 999.0], [run.update, 0, 2, score]]}
+        run.evals += [f"{run.update},0,2,{score}", f"{run.update},1,2,999.0", f"1{run.update},0,2,999.0"]
         recorder.look(run)
         assert found == ["random"] + ["medium-replay", "mixed"] * (score > 250)
 
 
 def test_an_environment_without_a_threshold_is_recorded_with_medium_return(tmp_path):
     gym.register("ChoiceByName-v0", "test_discrete:Choice", max_episode_steps=1)
-    _, root = recording(tmp_path, "x", env_id="ChoiceByName-v0", medium_return=-1e6)
+    _, root = recording(tmp_path, "x", env_id="ChoiceByName-v0", num_steps=40, eval_every=20, record_steps=20,
+                        medium_return=-1e6)
     root = root.with_name("choicebyname")
     assert {path.name for path in root.glob("*-v0")} == {f"{kind}-v0" for kind, *_ in KINDS}
     assert "ref_min_score" not in episodes(root, "mixed")[0].storage.metadata
@@ -397,22 +398,27 @@ def test_an_environment_without_a_threshold_is_recorded_with_medium_return(tmp_p
 
 @pytest.mark.parametrize("flags, words", [({"env_id": "Choice-v0", "medium_return": None}, "--medium-return"),
                                           ({"record_steps": 151}, "--record-steps 151"),
-                                          ({"eval_episodes": 0}, "--eval-episodes"), ({"env_id": "Pendulum-v1"}, "discrete")])
-def test_what_cannot_be_recorded_is_refused(flags, words, tmp_path, capsys):
+                                          ({"eval_episodes": 0}, "--eval-episodes"),
+                                          ({"env_id": "Pendulum-v1"}, "cannot choose actions in Box")])
+def test_what_cannot_be_recorded_is_refused(flags, words, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         recording(tmp_path, "x", **flags)
-    assert stopped.value.code == 2 and words in capsys.readouterr().err
+    message = stopped.value.code
+    assert message.startswith("dqn: --") and words in message and "\n" not in message and not list(tmp_path.iterdir())
 
 
-def test_continuous_data_and_an_impossible_threshold_are_refused(hopper, tmp_path, capsys):
-    for flags, word in ({"dataset_id": str(hopper)}, "discrete"), ({"threshold": 1.2}, "--threshold cannot be 1.2"):
+def test_continuous_data_and_an_impossible_threshold_are_refused(hopper, tmp_path):
+    for flags, words in [({"dataset_id": str(hopper)}, "cannot choose actions in Box"),
+                         ({"threshold": 1.2}, "--threshold 1.2 ")]:
         with pytest.raises(SystemExit) as stopped:
             bcq_discrete.main(small("bcq_discrete", hopper, tmp_path / "out", **flags))
-        assert stopped.value.code == 2 and word in capsys.readouterr().err and not (tmp_path / "out").exists()
+        message = stopped.value.code
+        assert message.startswith("bcq_discrete: --") and words in message and "\n" not in message
+        assert not (tmp_path / "out").exists()
 
 
 def test_the_set_that_ships():
-    """Half random, half half-trained, and every 40th episode replays from its seed and actions as far as rounding allows."""
+    """Half random, half half-trained, and every 40th episode replays as far as rounding allows."""
     root = dqn.Path(dqn.__file__).resolve().parents[1] / "datasets" / "lunarlander"
     data, found = episodes(root, "mixed")
     assert sum(f.stat().st_size for f in root.glob("**/*") if f.is_file()) < 8e6

@@ -13,7 +13,7 @@ spec = importlib.util.spec_from_file_location("lessons", ROOT / "benchmark_resul
 lessons = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(lessons)
 DRAWN = [name for name in lessons.NAMES if (ROOT / "benchmark_results" / "lessons" / name).is_dir()]
-COMMAND = "bc.py --dataset-id hopper/medium-v0 --num-updates 40 --eval-every 20 --eval-episodes 1 --eval-workers 0 --device cpu"
+COMMAND = "bc.py --dataset-id hopper/medium-v0 --num-updates 40 --eval-every 20 --eval-episodes 1 --device cpu"
 
 
 @pytest.fixture
@@ -60,7 +60,9 @@ def test_a_command_is_run_once_and_its_small_files_are_kept(places, capfd):
     kept = lessons.run("toy", "one", COMMAND, fresh=False)
     assert {path.name for path in kept.iterdir()} == {"args.json", "run.json", "eval.csv", "losses.csv"}
     assert str(places) not in (kept / "args.json").read_text()
-    assert len(lessons.evals(kept)) == 2 and {row["name"] for row in lessons.rows(kept / "losses.csv")} == {"actor_loss"}
+    assert json.loads((kept / "run.json").read_text()).keys() > {"method", "commit", "cpu", "updates_per_second"}
+    assert len(lessons.evals(kept)) == 2
+    assert {row["name"] for row in lessons.rows(kept / "losses.csv")} == {"actor_loss"}
     capfd.readouterr()
     assert lessons.run("toy", "one", COMMAND, fresh=False) == kept and capfd.readouterr().out == ""
 
@@ -72,7 +74,7 @@ def test_an_interrupted_run_is_taken_up(places, monkeypatch):
 
     def run(command, **_):
         calls.append(command)
-        (begun / "policy.pt2").touch()
+        (begun / "run.json").write_text('{"update": 1, "wall_seconds": 1}')
         (begun / "eval.csv").write_text("update,seed\n1,0\n")
 
     monkeypatch.setattr(lessons.subprocess, "run", run)

@@ -75,7 +75,7 @@ def test_td3_bc_critic(batch):
 def test_td3_bc_actor_has_a_lambda_for_each_seed(batch):
     s, a, *_ = batch
     critic, _, actor = toy(td3_bc, 3)
-    critic.net[-1].bias.data[:, 0] += torch.tensor([1.0, 10.0, 100.0]).view(S, 1, 1)  # scales that a shared lambda would mix
+    critic.net[-1].bias.data[:, 0] += torch.tensor([1.0, 10.0, 100.0]).view(S, 1, 1)  # a shared lambda mixes them
     pi = actor(s).detach()
     q, expected = critic(s, pi).detach()[:, 0], []
     for k in range(S):
@@ -95,6 +95,16 @@ def test_td3_bc_lambda_has_no_gradient(batch):
     fixed = torch.autograd.grad((-lam * q.mean(-1) + (pi - a).square().mean((1, 2))).sum(), actor.parameters())
     for x, y in zip(grad, fixed):
         torch.testing.assert_close(x, y)
+
+
+def test_td3_bc_first_is_q_1_and_has_no_gradient_in_the_other_critic(batch):
+    s, a, *_ = batch
+    critic, *_ = toy(td3_bc, 3)
+    q, weights = critic.first(s, a), list(critic.parameters())
+    torch.testing.assert_close(q, critic(s, a)[:, 0])
+    for x, y in zip(torch.autograd.grad(q.sum(), weights), torch.autograd.grad(critic(s, a)[:, 0].sum(), weights)):
+        torch.testing.assert_close(x, y)
+        assert x[:, 0].any() and not x[:, 1].any()
 
 
 def test_iql_value(batch):
@@ -119,7 +129,8 @@ def test_iql_expectile_against_its_closed_form():
                                   SimpleNamespace(expectile=tau))
             v.data -= torch.autograd.grad(loss.sum(), v)[0]
         m = found[tau] = v.item()
-        assert tau * (q - m).clamp(min=0).mean() == pytest.approx((1 - tau) * (m - q).clamp(min=0).mean().item(), rel=1e-6)
+        above, below = (q - m).clamp(min=0).mean().item(), (m - q).clamp(min=0).mean().item()
+        assert tau * above == pytest.approx((1 - tau) * below, rel=1e-6)
     assert found[0.5] == pytest.approx(q.mean().item()) and found[0.5] < found[0.7] < found[0.9]
 
 

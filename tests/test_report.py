@@ -34,13 +34,15 @@ def root(tmp_path, monkeypatch):
 
 
 def put(root, dataset, label, *evaluations, budget=1000, scored=True, args={}, about={}, folder=None):
-    """A cell whose evaluations, up to `budget`, hold these values of the seeds; None is a seed that is lost."""
+    """A cell whose evaluations, up to `budget`, hold these values of the seeds; None is a seed that is lost, by nan in
+    the columns or, as in older files, without a row."""
     place = root / "benchmark_results" / (folder or dataset.replace("/", "-")) / label
     place.mkdir(parents=True)
     rows = [HEAD]
     for i, values in enumerate(evaluations, 1):
-        rows += [f"{budget * i // len(evaluations)},{k},10,{10 * x if scored else x},1,2,3,{x if scored else ''}"
-                 for k, x in enumerate(values) if x is not None]
+        rows += [f"{budget * i // len(evaluations)},{k},10," + (
+                     "nan,nan,nan,nan," if x is None else f"{10 * x if scored else x},1,2,3,{x if scored else ''}")
+                 for k, x in enumerate(values) if x is not None or scored]
     (place / "eval.csv").write_text("\n".join(rows) + "\n")
     (place / "args.json").write_text(json.dumps(
         {"dataset_id": dataset, "seed": 0, "num_seeds": len(evaluations[0]), "num_updates": budget, **args}))
@@ -85,7 +87,6 @@ def test_t_quantile_of_another_level():
 
 def test_half_width():
     assert report.half_width(np.array([1.0, 2.0, 3.0])) == pytest.approx(4.30265 / np.sqrt(3), rel=1e-4)
-    assert report.half_width(np.array([5.0])) is None
 
 
 def test_iqm():
@@ -141,17 +142,21 @@ def test_bootstrap_repeats_to_the_digit():
 def test_cells_of_scores_returns_and_single_seeds(root):
     put(root, "a/b-v0", "td3_bc", [9, 9, 9], [1, 2, 3])
     put(root, "a/b-v0", "one", [7.26])
+    put(root, "a/b-v0", "four", [9, 1, 2, 4])
+    put(root, "a/b-v0", "five", [1, 2, 3, 4, 5])
     put(root, "Lake-v1", "mine", [0.5, 0.6], scored=False, args={"dataset_id": "", "env_id": "Lake-v1"})
     put(root, "Big-v1", "mine", [1233.7, 1233.7], scored=False)
     report.main([])
     table = rows(root)
     assert table[""] == ["`a/b-v0`", "`Big-v1`", "`Lake-v1`"]  # the datasets of most methods first
-    assert table["TD3+BC, 1,000 updates, 3 seeds"] == ["2.0 ± 2.5 <sup>1</sup>", "–", "–"]  # the last, not the best
+    assert table["TD3+BC, 1,000 updates, 3 seeds"] == ["1.0, 2.0, 3.0 <sup>1</sup>", "–", "–"]  # the last, not the best
     assert table["one, 1,000 updates, 1 seed"] == ["7.3", "–", "–"]
-    assert table["mine, 1,000 updates, 2 seeds"] == ["–", "return 1234 ± 0 <sup>2</sup>", "return 0.550 ± 0.635"]
+    assert table["four, 1,000 updates, 4 seeds"] == ["4.0 (1.0 to 9.0)", "–", "–"]
+    assert table["five, 1,000 updates, 5 seeds"] == ["3.0 ± 2.0", "–", "–"]  # 2.776 * sqrt(2.5 / 5)
+    assert table["mine, 1,000 updates, 2 seeds"] == ["–", "return 1234, 1234 <sup>2</sup>", "return 0.500, 0.600"]
     assert table["mean of the data"] == ["–", "–", "–"]
     text = " ".join((root / "README.md").read_text().split())
-    for part in ("10 episodes per seed", "A single seed has none.", "the cell is a return", "– is absent"):
+    for part in ("10 episodes per seed: each run up to three", "from 5 on", "the cell is a return", "– is absent"):
         assert part in text
 
 
@@ -172,11 +177,14 @@ def test_the_data_are_the_first_row(root):
     put_data(root, "c/d-v0", [0, 30])
     put(root, "a/b-v0", "bc", [31, 32, 33])
     put(root, "c/d-v0", "bc", [12, 13, 14], scored=False)
+    put(root, "c/d-v0", "iql", [12, 13, 16], scored=False)
     report.main([])
-    assert list(rows(root))[2] == "mean of the data" and rows(root)["mean of the data"] == ["30.0", "return 15.0"]
-    assert "<sup>1</sup>" in rows(root)["BC, 1,000 updates, 3 seeds"][1]
-    remark = "BC on c/d-v0, 1,000 updates: below the mean of the data (15.0). No explanation yet."
-    assert remark in (root / "benchmark_results" / "REPORT.md").read_text() and remark not in (root / "README.md").read_text()
+    assert list(rows(root))[2] == "mean of the data" and rows(root)["mean of the data"] == ["return 15.0", "30.0"]
+    assert "<sup>1</sup>" in rows(root)["BC, 1,000 updates, 3 seeds"][0]
+    assert rows(root)["IQL, 1,000 updates, 3 seeds"][0] == "return 12.0, 13.0, 16.0"  # one run is above
+    remark = "BC on c/d-v0, 1,000 updates: every run below the mean of the data (15.0). No explanation yet."
+    assert remark in (root / "benchmark_results" / "REPORT.md").read_text()
+    assert remark not in (root / "README.md").read_text()
 
 
 def test_the_data_are_remembered_where_the_set_is_not(root, capsys):
@@ -198,10 +206,10 @@ def test_the_data_are_remembered_where_the_set_is_not(root, capsys):
 def test_flags_and_notes(root):
     put(root, "d-v0", "bc", [50, 52, 54])
     put(root, "d-v0", "iql", [60.0, 60.1, 60.2])
-    put(root, "d-v0", "cql", [80, 50, 54], [52, 53, 57])
+    put(root, "d-v0", "cql", [80, 80, 80], [64, 10, 80], [54, 90, 50], [53, 80, 80])
     put(root, "d-v0", "dt", [40, 41, 45], args={"num_updates": 5000})
     put(root, "d-v0", "mopo", [70, 80, 75], [71, 85, None])
-    put(root, "d-v0", "td3_bc", [44, 50, 54])
+    put(root, "d-v0", "td3_bc", [44, 50, 50])
     put(root, "d-v0", "sac_offline", [3, 5, 7], budget=500)
     put(root, "d-v0", "bc-copy", [10, 20, 30], budget=500, about={"method": "bc"})
     (root / "benchmark_results" / "notes.toml").write_text(
@@ -210,15 +218,16 @@ def test_flags_and_notes(root):
     said = [x for x in (root / "benchmark_results" / "REPORT.md").read_text().splitlines() if x[0:1].isdigit()]
     assert said == [
         "1. BC on d-v0, 1,000 updates: As it should be.",
-        "2. TD3+BC on d-v0, 1,000 updates: below BC of the same budget (52.0 ± 5.0). Too few updates.",
+        "2. TD3+BC on d-v0, 1,000 updates: Too few updates.",  # not below BC: one run reaches BC's lowest
         "3. IQL on d-v0, 1,000 updates: the seeds hardly differ (deviation 0.1). No explanation yet.",
-        "4. CQL on d-v0, 1,000 updates: at the end more than a quarter below the best of its training: 1 of 3 seeds "
-        "(seed 0: 52.0 after 80.0). No explanation yet.",
+        "4. CQL on d-v0, 1,000 updates: at the end and in the mean of the last three evaluations more than a quarter "
+        "below the best of training: 1 of 3 seeds (seed 0: 57.0 after 80.0). No explanation yet.",  # others dipped
         "5. DT on d-v0, 1,000 updates: update 1,000 of 5,000, 3 of 3 seeds at the end; "
-        "below BC of the same budget (52.0 ± 5.0). No explanation yet.",
+        "every run below every one of BC of the same budget (50.0, 52.0, 54.0). No explanation yet.",
         "6. MOPO on d-v0, 1,000 updates: update 1,000 of 1,000, 2 of 3 seeds at the end. No explanation yet.",
-        "7. SAC offline on d-v0, 500 updates: below bc-copy of the same budget (20.0 ± 24.8). No explanation yet."]
-    assert rows(root)["MOPO, 1,000 updates, 3 seeds, short"] == ["78.0 ± 88.9 <sup>6</sup>"]
+        "7. SAC offline on d-v0, 500 updates: every run below every one of bc-copy of the same budget "
+        "(10.0, 20.0, 30.0). No explanation yet."]
+    assert rows(root)["MOPO, 1,000 updates, 3 seeds, short"] == ["71.0, 85.0 <sup>6</sup>"]
     assert "notes on cells to be read with care" in " ".join((root / "README.md").read_text().split())
 
 
@@ -232,47 +241,61 @@ def test_best_of_training_and_origin_stand_in_the_report_alone(root):
     assert "60.5" not in (root / "README.md").read_text()
 
 
+def test_origin_as_runs_note_it_today(root):
+    place, today = put(root, "d-v0", "bc", [50, 52]), {"update": 1000, "cores": 2, "device": "cpu", "commit": ""}
+    for device, said in ("cpu", "2 x EPYC"), ("NVIDIA H100", "NVIDIA H100, 2 x EPYC"):
+        (place / "run.json").write_text(json.dumps({
+            "method": "bc", "wall_seconds": 60, **today, "device": device, "cpu": "2 x EPYC", "torch": "2.13.0"}))
+        report.main([])
+        assert rows(root, "benchmark_results/REPORT.md")["`d-v0`: BC, 1,000 updates, 2 seeds"][3:] == [
+            "–", said, "torch 2.13.0", "0:01:00", "–"]
+
+
 # --- what is compared ---
 def test_nothing_is_compared_across_budgets(root):
-    put(root, "a-v0", "bc", [1, 2, 3], budget=20_000)
-    put(root, "a-v0", "iql", [4, 5, 6], budget=50_000)
-    put(root, "b-v0", "bc", [1, 2, 3], budget=20_000)
-    put(root, "b-v0", "dt", [0, 0, 1], budget=8000)
+    put(root, "a-v0", "bc", [1, 2, 3, 4, 5], budget=20_000)
+    put(root, "a-v0", "iql", [4, 5, 6, 7, 8], budget=50_000)
+    put(root, "b-v0", "bc", [1, 2, 3, 4, 5], budget=20_000)
+    put(root, "b-v0", "iql", [4, 5, 6, 7, 8], budget=50_000)
+    put(root, "b-v0", "dt", [0, 0, 0, 0, 0], budget=8000)
     assert report.groups(report.read_all()) == {}
     report.main([])
-    text = (root / "benchmark_results" / "REPORT.md").read_text()
+    text = " ".join((root / "benchmark_results" / "REPORT.md").read_text().split())
     assert "nothing to aggregate or to compare" in text and "IQM" not in text and "beats" not in text
-    assert "below BC" not in text and not (root / "benchmark_results" / "plots" / "aggregate.png").exists()
+    assert "of BC of the same" not in text and not (root / "benchmark_results" / "plots" / "aggregate.png").exists()
 
 
 def test_groups_have_equal_budgets_on_the_same_datasets(root):
     for label in ("bc", "iql"):
-        put(root, "a-v0", label, [1, 2, 3], budget=20_000)
-        put(root, "b-v0", label, [4, 5, 6], budget=50_000)
-    put(root, "a-v0", "cql", [7, 8], budget=20_000)
-    put(root, "b-v0", "cql", [7, 8], budget=8000)
-    put(root, "b-v0", "dt", [7, 8], budget=8000)
-    put(root, "a-v0", "half", [7, 8, 9], budget=20_000)
-    put(root, "b-v0", "half", [7, 8], budget=50_000)
-    groups = report.groups(report.read_all())
-    both, short = (("a-v0", "20,000 updates"), ("b-v0", "50,000 updates")), (("b-v0", "8,000 updates"),)
-    assert {key: list(runs) for key, runs in groups.items()} == {
-        both: ["bc", "iql"],  # "half" has not the same number of seeds on both
-        short: ["cql", "dt"]}
-    assert groups[both]["bc"].tolist() == [[1, 2, 3], [4, 5, 6]]
+        put(root, "a-v0", label, [1, 2, 3, 4, 5], budget=20_000)
+        put(root, "b-v0", label, [4, 5, 6, 7, 8], budget=50_000)
+    for dataset in "a-v0", "b-v0":
+        put(root, dataset, "few", [1, 2, 3, 4], budget={"a-v0": 20_000, "b-v0": 50_000}[dataset])
+        put(root, dataset, "few-copy", [1, 2, 3, 4], budget=3000)
+        put(root, dataset, "cql", [7, 8, 9, 9, 9], budget=8000)
+    put(root, "a-v0", "dt", [7, 8, 9, 9, 9], budget=8000)
+    put(root, "b-v0", "dt", [7, 8, 9, 9, 9], budget=7000)
+    put(root, "a-v0", "half", [7, 8, 9, 9, 9], budget=20_000)
+    put(root, "b-v0", "half", [7, 8, 9, 9, 9, 9], budget=50_000)
+    groups, both = report.groups(report.read_all()), (("a-v0", "20,000 updates"), ("b-v0", "50,000 updates"))
+    assert {key: list(runs) for key, runs in groups.items()} == {both: ["bc", "iql"]}  # "half" has 5 seeds, then 6
+    assert groups[both]["bc"].tolist() == [[1, 2, 3, 4, 5], [4, 5, 6, 7, 8]]
     report.main([])
     table = rows(root, "benchmark_results/REPORT.md")
-    assert table["IQL, 3 seeds"][1:] == ["0.50 [0.19, 0.83]", ""] and len(table["DT, 2 seeds"]) == 3
+    assert table["IQL, 5 seeds"][1] == "0.50 [0.26, 0.74]" and "Aggregates, and the" in (root / "README.md").read_text()
 
 
 @pytest.mark.parametrize("evaluations, change", [
-    ([[5]], {}), ([[5, 6], [5, None]], {}), ([[5, 6]], {"scored": False}),
-    ([[5, 6]], {"args": {"num_updates": 2000}})])
+    ([[5] * 4], {}), ([[5, 6, 7, 8, 9], [5, 6, 7, 8, None]], {}), ([[5, 6, 7, 8, 9]], {"scored": False}),
+    ([[5, 6, 7, 8, 9]], {"args": {"num_updates": 2000}})])
 def test_who_cannot_be_compared(root, evaluations, change):
-    """A single seed, a seed lost, no reference, a run that was stopped."""
-    put(root, "a-v0", "bc", [1, 2])
-    put(root, "a-v0", "iql", [3, 4])
-    put(root, "a-v0", "cql", *evaluations, **change)
+    """Fewer than five seeds, a seed lost, no reference, a run that was stopped; and who has a single dataset."""
+    for dataset in "a-v0", "b-v0":
+        put(root, dataset, "bc", [1, 2, 3, 4, 5])
+        put(root, dataset, "iql", [3, 4, 5, 6, 7])
+        put(root, dataset, "cql", *evaluations, **change)
+    for label in "dt", "mopo":
+        put(root, "c-v0", label, [1, 2, 3, 4, 5])
     assert [list(runs) for runs in report.groups(report.read_all()).values()] == [["bc", "iql"]]
 
 
@@ -289,6 +312,8 @@ def test_who_cannot_be_compared(root, evaluations, change):
     ("eval.csv", HEAD + "\n1000,0,10,5,1,2,3,4\n1000,0,10,5,1,2,3,4\n", "a seed stands twice in an evaluation"),
     ("eval.csv", HEAD + "\n1000,7,10,5,1,2,3,4\n", "index 7 is out of bounds"),
     ("eval.csv", HEAD + "\n1000,-1,10,5,1,2,3,4\n", "a seed is below 0"),
+    ("eval.csv", HEAD + "\n1000,0,10,5,1,2,3,4\n1000,0,10,nan,nan,nan,nan,\n", "a seed stands twice in an evaluation"),
+    ("eval.csv", HEAD + "\n1000,0,10,nan,nan,nan,nan,\n", "no seed is finite at the end"),
     ("eval.csv", "update,seed\n1,0\n", "'episodes'"),
     ("eval.csv", None, "No such file"),
     ("run.json", "{", "Expecting property name"),
@@ -340,7 +365,8 @@ def test_it_writes_texts_and_plots_and_sees_what_is_out_of_date(root, capsys, mo
         monkeypatch.setattr(report, name, draw)
     put_data(root, "a-v0", [3, 5], ref_min_score=0, ref_max_score=10)
     for label in ("bc", "iql", "own"):
-        put(root, "a-v0", label, [1, None, 2], [3, 4, 5])
+        put(root, "a-v0", label, [1, 7, 2, 1, None], [3, 4, 5, 6, 7])
+        put(root, "b-v0", label, [3, 4, 5, 6, 7])
     put(root, "L-v1", "bcq_tabular", *[[0.1, -0.2]] * 40, scored=False)
     paths = [root / "README.md", root / "benchmark_results" / "REPORT.md"]
     assert "REPORT.md is not what" in refused(capsys, 1, "--check") and not paths[1].exists()
@@ -357,7 +383,7 @@ def test_it_writes_texts_and_plots_and_sees_what_is_out_of_date(root, capsys, mo
     texts = [path.read_text() for path in paths]
     report.main(["--check"])
     for path, text in zip(paths, texts):
-        path.write_text(text.replace("4.0 ± 2.5", "4.0 ± 2.4"))
+        path.write_text(text.replace("5.0 ± 2.0", "5.0 ± 2.1"))
         assert path.read_text() != text
         message = refused(capsys, 1, "--check")
         assert f"{path} is not what the raw files give: run python benchmark_results/report.py" in message

@@ -19,8 +19,8 @@ spec = importlib.util.spec_from_file_location("run", RUN)
 run = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run)
 RECORDERS = "sac.py", "dqn.py"  # they make datasets and have no row
-BC = ("python algorithms/bc.py --dataset-id hopper/medium-v0 --num-updates 1500 --eval-every 500 --eval-episodes 1 "
-      "--eval-workers 0 --hidden-dim 16 --batch-size 16 --device cpu")
+BC = ("python algorithms/bc.py --dataset-id hopper/medium-v0 --num-updates 2000 --eval-every 1000 --eval-episodes 1 "
+      "--eval-workers 1 --hidden-dim 16 --batch-size 16 --device cpu")
 
 # A method as run.py knows it: the same flags, files and way to stop, and a number that grows instead of an agent.
 TOY = '''
@@ -43,7 +43,7 @@ args = parser.parse_args()
 resume = args.resume
 if resume:
     args = argparse.Namespace(**json.loads(Path(resume, "args.json").read_text()))
-run, stop = Path(resume or f"{args.out_dir}/toy__{time.time_ns()}"), []
+run, stop = Path(resume or f"{args.out_dir}/my-toy-set__toy__0__{time.time_ns()}"), []
 run.mkdir(parents=True, exist_ok=True)
 busy, trace = run.parent / "busy", Path(__file__).with_name("trace")
 
@@ -78,14 +78,14 @@ while update < args.num_updates:
         rows.append(f"{update},0,1,{x * args.alpha}")
     if update % 5 == 0 or stop:
         write("eval.csv", "\\n".join(["update,seed,episodes,return_mean", *rows, ""]))
-        write("run.json", json.dumps({"method": "toy", "update": update}))
         time.sleep(10 * args.delay if stop else 0)  # saving takes a while
         write("checkpoint.pt", json.dumps([update, x, rows]))
     if stop:
         busy.unlink()
         sys.stderr.write(f"toy: stopped at update {update}\\n")
-        sys.exit(143)
+        sys.exit(1)
 write("policy.pt2", "")
+write("run.json", json.dumps({"method": "toy", "update": update, "wall_seconds": 8.0}))
 busy.unlink()
 print("toy: done")
 '''
@@ -166,7 +166,8 @@ def cells():
 def test_every_docstring_command_is_a_row(cells):
     rows, missing = {" ".join(cell.words) for cell in cells.values()}, {}
     for path in sorted((ROOT / "algorithms").glob("*.py")):
-        commands = re.findall(r"^    (python algorithms/.+)$", path.read_text().split('"""')[1], flags=re.M)
+        text = re.sub(r"\\\n +", "", path.read_text().split('"""')[1])  # a long command goes on in the next line
+        commands = re.findall(r"^    (python algorithms/.+)$", text, flags=re.M)
         assert commands, f"{path.name} has no command in its docstring"
         if path.name not in RECORDERS and set(commands) - rows:
             missing[path.name] = sorted(set(commands) - rows)
@@ -189,14 +190,14 @@ def test_a_switched_off_flag_and_damaged_results(tmp_path):
     (cell.results / "args.json").write_text(json.dumps({**cell.default, "dataset_id": "a/b", "num_seeds": 3}))
     for about, said in ('{"method": "bc"}', ""), ("{}", "damaged"), ("[]", "damaged"), ("{", "damaged"):
         (cell.results / "run.json").write_text(about)
-        assert run.differs(cell, cell.results).startswith(said) and bool(said) == bool(run.differs(cell, cell.results))
+        assert run.lacks(cell).startswith(said) and bool(said) == bool(run.lacks(cell))
 
 
 @pytest.mark.parametrize("dataset", ["hopper-medium-v0", "hopper-medium-replay-v0"])
 @pytest.mark.parametrize("method", ["bc", "td3_bc", "iql"])
 def test_committed_results_count_as_finished(dataset, method, cells):
     cell = cells[f"{dataset}/{method}"]
-    assert run.differs(cell, cell.results) == ""
+    assert run.lacks(cell) == ""
 
 
 # --- what is run ---
@@ -206,6 +207,8 @@ def test_a_grid_is_run_once_and_its_small_files_are_kept(whole):
     assert names == {"grid.toml", *kept}
     args = json.loads((whole.results / "my-toy-set" / "b" / "args.json").read_text())
     assert args["alpha"] == 5 and args["out_dir"] == "runs" and args["resume"] == ""
+    about = json.loads((whole.results / "my-toy-set" / "b" / "run.json").read_text())
+    assert about["updates_per_second"] == 20 / 8 and about["cpu"].startswith(f"{os.cpu_count()} x ") and about["python"]
     log = next((whole.runs / "my-toy-set" / "b").glob("log.txt")).read_text()
     assert log.startswith("$ python ") and log.endswith("toy: done\n")
     before, ran = whole.files(), whole.trace()
@@ -267,7 +270,7 @@ def test_a_failed_cell_is_listed_and_the_others_go_on(tmp_path):
     assert "SIGKILL: " in listed["my-toy-set/d"] and "Errno" in listed["full/f"] and len(listed) == 5
     assert [path.name for path in (grid.results / "my-toy-set").iterdir()] == ["e"]
     assert grid.run("--only", "set/d")[0] == 0 and grid.trace()[-1][:2] == ["d", "0"]  # nothing to resume
-    assert len(list(grid.runs.glob("my-toy-set/d/toy__*"))) == 1
+    assert len(list(grid.runs.glob("my-toy-set/d/*__toy__*"))) == 1
 
 
 def test_a_changed_command_is_run_anew_and_old_results_stay_until_then(tmp_path):
@@ -393,22 +396,23 @@ def test_a_run_that_the_flags_of_today_cannot_resume_is_begun_anew(tmp_path):
     assert [row[1] for row in grid.trace()] == ["0", "0"]
 
 
-def test_a_real_method_killed_and_restarted(tmp_path):
-    """run.py is killed after the first checkpoint of bc.py, which then saves."""
+def test_a_real_method_stopped_killed_and_restarted(tmp_path):
     import bc
 
     grid = Grid(tmp_path / "x", BC)
-    process = grid.start()
-    until(lambda: list(grid.runs.glob("*/*/*/checkpoint.pt")))
-    process.kill()
-    process.communicate()
-    assert grid.run()[0] == 0
     place = grid.runs / "hopper-medium-v0" / "a"
-    assert "--resume" in (place / "log.txt").read_text()
+    for times, end in enumerate((subprocess.Popen.terminate, subprocess.Popen.kill), 1):
+        process, log = grid.start(), place / "log.txt"
+        until(lambda: log.exists() and len(re.findall(r"\$ [^$]*updates/s", log.read_text())) == times)
+        end(process)
+        process.communicate()
+    assert grid.run()[0] == 0
+    commands = re.findall(r"\$ .*", log.read_text())
+    assert ["--resume" in command for command in commands] == [False, True, True]
     assert {path.name for path in place.iterdir() if path.is_file()} == {"lock", "log.txt"}
     assert len([path for path in place.iterdir() if path.is_dir()]) == 1
-    whole = bc.main(bc.Args(dataset_id="hopper/medium-v0", num_updates=1500, eval_every=500, eval_episodes=1,
-                            eval_workers=0, hidden_dim=16, batch_size=16, device="cpu", out_dir=str(tmp_path)))
+    whole = bc.main(bc.Args(dataset_id="hopper/medium-v0", num_updates=2000, eval_every=1000, eval_episodes=1,
+                            hidden_dim=16, batch_size=16, device="cpu", out_dir=str(tmp_path)))
     result = grid.results / "hopper-medium-v0" / "a"
     assert (result / "eval.csv").read_text() == (whole / "eval.csv").read_text()
     for path in result.iterdir():

@@ -1,6 +1,7 @@
 """What a run leaves behind: files, evaluations, independent seeds, and the same end after any interruption."""
 import csv
 import json
+import math
 import os
 import random
 import signal
@@ -15,7 +16,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import DISCRETE, METHODS, OFFLINE, checkpoint, flat, same, small
+from conftest import DISCRETE, METHODS, OFFLINE, checkpoint, flat, made, real, resume, same, small, stop_at
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,18 +31,6 @@ def network(method):
 
 def run(method, hopper, out, **flags):
     return import_module(method).main(small(method, hopper, out, **flags))
-
-
-def stop_at(module, update, monkeypatch, number=signal.SIGTERM):
-    """Lets a signal arrive before the given update is counted."""
-    log = module.Run.log
-
-    def patched(self, losses):
-        if self.update + self.agent.updates_per_call == update:
-            os.kill(os.getpid(), number)
-        log(self, losses)
-
-    monkeypatch.setattr(module.Run, "log", patched)
 
 
 @pytest.mark.parametrize("S", [1, 3])
@@ -64,12 +53,11 @@ def test_a_run_trains_and_writes_its_files(method, S, hopper, tmp_path, capsys):
     losses = list(csv.DictReader((folder / "losses.csv").open()))
     assert {row["seed"] for row in losses} == {str(k) for k in range(S)}
     assert all(np.isfinite(float(row["value"])) for row in losses)
-    state, about = checkpoint(folder), json.loads((folder / "run.json").read_text())
-    assert {"method", "args", "update", "modules", "optimizers", "rng", "stats"} <= state.keys()
-    assert state["method"] == about["method"] == method and state["update"] == 40
-    assert about["updates_per_second"] > 0 and about["torch"] == torch.__version__
+    about = json.loads((folder / "run.json").read_text())
+    assert about["method"] == method and checkpoint(folder)["update"] == about["update"] == 40
+    assert about["wall_seconds"] > 0 and about["torch"] == torch.__version__ and about["device"] == "cpu"
     last = capsys.readouterr().out.strip()
-    assert "return" in last and ("score" in last) == acts_in_hopper(method) and "±" in last and str(folder) in last
+    assert "return" in last and ("score" in last) == acts_in_hopper(method) and str(folder) in last and "nan" not in last
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -80,7 +68,7 @@ def test_shapes_are_what_their_comments_say(method, hopper, tmp_path):
         assert policy(torch.zeros(7, 11)).shape == (3, 7, 3)
     else:
         assert policy(torch.zeros(7, 4)).shape == (3, 7) and policy(torch.zeros(7, 4)).dtype == torch.long
-    for name, x in flat(checkpoint(folder)["modules"]).items():
+    for name, x in flat(checkpoint(folder)["agent"]).items():
         assert x.dim() == 0 or x.shape[0] == 3, name
 
 
@@ -93,10 +81,11 @@ def test_policy_needs_nothing_of_this_repository(hopper, tmp_path):
     code = ("import sys, torch, numpy; policy = torch.export.load(sys.argv[1]).module();"
             "print(policy(torch.linspace(-2, 2, 22).view(2, 11)).tolist())")
     result = subprocess.run([sys.executable, "-c", code, folder / "policy.pt2"], cwd=tmp_path, capture_output=True, text=True)
-    state, s = checkpoint(folder), torch.linspace(-2, 2, 22).view(2, 11)
-    actor = td3_bc.Actor(3, 11, 3, 16)
-    actor.load_state_dict(state["modules"]["actor"])
-    expected = actor(((s - state["stats"]["mean"]) / state["stats"]["std"]).expand(3, 2, 11))
+    s, data, actor = torch.linspace(-2, 2, 22).view(2, 11), td3_bc.load(args), td3_bc.Actor(3, 11, 3, 16)
+    td3_bc.prepare(data, args)
+    found = checkpoint(folder)["agent"]
+    actor.load_state_dict({name: found[f"actor.{name}"] for name in actor.state_dict()})
+    expected = actor(((s - data.mean) / data.std).expand(3, 2, 11))
     torch.testing.assert_close(torch.tensor(eval(result.stdout)), expected.detach())
 
 
@@ -107,24 +96,26 @@ def test_resume_equals_uninterrupted_to_the_bit(method, hopper, tmp_path, monkey
     stop_at(module, 26, monkeypatch)
     with pytest.raises(SystemExit) as stopped:
         run(method, hopper, tmp_path / "b", num_seeds=2)
-    assert stopped.value.code == 128 + signal.SIGTERM
     (folder,) = (tmp_path / "b").iterdir()
+    assert f"stopped at update 26; go on with --resume {folder}" in stopped.value.code
     assert checkpoint(folder)["update"] == 26
     monkeypatch.undo()
-    module.main(module.Args(resume=str(folder)))
+    resume(module, folder)
     a, b = checkpoint(whole), checkpoint(folder)
     assert a["update"] == b["update"] == 40
-    for part in "modules", "optimizers", "rng":
+    for part in "agent", "moments", "rng":
         assert same(a[part], b[part]), part
-    assert (whole / "eval.csv").read_text() == (folder / "eval.csv").read_text()
+    for name in "eval.csv", "losses.csv":
+        assert (whole / name).read_text() == (folder / name).read_text()
 
 
 @pytest.mark.parametrize("method", [*OFFLINE, *DISCRETE])
 def test_same_seed_same_run_and_agent_k_is_not_seed_k(method, hopper, tmp_path):
-    a, b, c = (checkpoint(run(method, hopper, tmp_path / str(i), **flags))["modules"][network(method)]
+    a, b, c = (checkpoint(run(method, hopper, tmp_path / str(i), **flags))["agent"]
                for i, flags in enumerate([{"num_seeds": 2}, {"num_seeds": 2}, {"num_seeds": 2, "seed": 1}]))
     assert same(a, b) and not same(a, c)
-    assert not torch.equal(a["net.0.weight"][0], a["net.0.weight"][1])
+    first = a[f"{network(method)}.net.0.weight"]
+    assert not torch.equal(first[0], first[1])
 
 
 def agent(method, S, args, data):
@@ -133,9 +124,9 @@ def agent(method, S, args, data):
 
 
 def tensors_of(agent, S):
-    states = {"modules": {name: m.state_dict() for name, m in agent.modules.items()},
-              "optimizers": {name: o.state_dict()["state"] for name, o in agent.optimizers.items()}}
-    return {name: x for name, x in flat(states).items() if x.dim() and len(x) == S and "replay" not in name}
+    opts = {name: x.state_dict()["state"] for name, x in vars(agent).items() if isinstance(x, torch.optim.Optimizer)}
+    states = {"agent": agent.state_dict(), **opts}
+    return {name: x for name, x in flat(states).items() if x.dim() and len(x) == S and "_extra_state" not in name}
 
 
 def fixed_batches(method, module, monkeypatch, batches):
@@ -182,7 +173,7 @@ def test_nan_in_seed_0_leaves_the_others_bit_identical(method, monkeypatch):
         found.append(tensors_of(one, 3))
     clean, poisoned = found
     assert all(torch.equal(x[1:], poisoned[name][1:]) for name, x in clean.items())
-    assert poisoned[f"/modules/{network(method)}/net.0.weight"][0].isnan().all()
+    assert poisoned[f"/agent/{network(method)}.net.0.weight"][0].isnan().all()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -221,46 +212,50 @@ def test_seeds_together_equal_seeds_apart(method, monkeypatch):
             torch.testing.assert_close(x[0], tensors_of(together, S)[name][k], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_a_seed_that_is_not_finite_is_named_and_left_out(hopper, tmp_path, monkeypatch, capsys):
-    import td3_bc
-
-    loss = td3_bc.critic_loss
-    count = []
+@pytest.mark.parametrize("method", ["td3_bc", "bcq_discrete"])
+def test_a_seed_that_is_not_finite_is_named_once_and_evaluates_to_nan(method, hopper, tmp_path, monkeypatch, capsys):
+    module, count = import_module(method), []
+    loss = module.critic_loss
 
     def patched(*args):
         count.append(0)
-        return loss(*args) * torch.tensor([1.0, float("nan") if len(count) > 25 else 1.0, 1.0])
+        return loss(*args) * torch.tensor([1.0, math.nan if len(count) > 1015 else 1.0, 1.0])
 
-    monkeypatch.setattr(td3_bc, "critic_loss", patched)
-    folder = run("td3_bc", hopper, tmp_path, num_seeds=3)
-    assert "seed 1: critic_loss is nan between updates 20 and 40" in capsys.readouterr().err
-    rows = [row[:2] for row in csv.reader((folder / "eval.csv").open())][1:]
-    assert rows == [["20", "0"], ["20", "1"], ["20", "2"], ["40", "0"], ["40", "2"]]
-    assert all(x.isfinite().all() for x in flat(checkpoint(folder)["modules"]).values())
+    clean = run(method, hopper, tmp_path / "clean", num_seeds=3, num_updates=2000, eval_every=1000)
+    monkeypatch.setattr(module, "critic_loss", patched)
+    folder = run(method, hopper, tmp_path / "nan", num_seeds=3, num_updates=2000, eval_every=1000)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("seed ")]
+    assert said == ["seed 1: critic_loss is nan at update 2000"]
+    found, expected = (list(csv.reader((x / "eval.csv").open())) for x in (folder, clean))
+    assert found[:5] == expected[:5] and found[6] == expected[6]  # all of 1000, seeds 0 and 2 of 2000
+    assert found[5] == ["2000", "1", "2", "nan", "nan", "nan", "nan", ""]
+    a, b = checkpoint(clean)["agent"], checkpoint(folder)["agent"]
+    assert all(torch.equal(x[[0, 2]], b[name][[0, 2]]) for name, x in a.items())
 
 
-def test_when_no_seed_is_finite_the_run_stops_with_status_1(hopper, tmp_path, monkeypatch, capsys):
+def test_when_no_seed_is_finite_the_run_stops(hopper, tmp_path, monkeypatch):
     import bc
 
     loss = bc.actor_loss
-    monkeypatch.setattr(bc, "actor_loss", lambda *args: loss(*args) * float("nan"))
+    monkeypatch.setattr(bc, "actor_loss", lambda *args: loss(*args) * math.nan)
     with pytest.raises(SystemExit) as stopped:
-        run("bc", hopper, tmp_path)
-    assert stopped.value.code == 1 and "no seed is finite" in capsys.readouterr().err
+        run("bc", hopper, tmp_path, num_updates=5000)
     (folder,) = tmp_path.iterdir()
-    assert all(x.isfinite().all() for x in flat(checkpoint(folder)["modules"]).values())
+    assert "no seed is finite any more" in stopped.value.code and str(folder) in stopped.value.code
 
 
-def test_evaluation_is_the_same_in_line_and_in_workers_and_alone(hopper, tmp_path):
+def test_evaluation_is_the_same_in_line_and_in_workers_and_alone(hopper, tmp_path, monkeypatch):
     """td3_bc with two worker processes writes the same eval.csv, and an episode's return is that of a plain loop."""
-    a, b = (run("td3_bc", hopper, tmp_path / str(n), num_seeds=2, eval_workers=n) for n in (0, 2))
-    assert (a / "eval.csv").read_text() == (b / "eval.csv").read_text()
     import td3_bc
 
+    a = run("td3_bc", hopper, tmp_path / "a", num_seeds=2)
+    monkeypatch.setattr(td3_bc, "ProcessPoolExecutor", real)
+    b = run("td3_bc", hopper, tmp_path / "b", num_seeds=2, eval_workers=2)
+    assert (a / "eval.csv").read_text() == (b / "eval.csv").read_text()
     policy, rows = torch.export.load(a / "policy.pt2").module(), list(csv.DictReader((a / "eval.csv").open()))
     env, returns, discounted, lengths = gym.make("Hopper-v5"), [], [], []
-    for i in range(2):
-        obs, _ = env.reset(seed=td3_bc.draw_seed(0, 40, 1, i))
+    for seed in np.random.SeedSequence([0, 40]).generate_state(4)[2:]:
+        obs, _ = env.reset(seed=int(seed))
         rewards, ended = [], False
         while not ended:
             obs, reward, terminated, truncated, _ = env.step(policy(torch.tensor(obs[None], dtype=torch.float32))[1, 0].numpy())
@@ -277,59 +272,69 @@ def test_evaluation_is_the_same_in_line_and_in_workers_and_alone(hopper, tmp_pat
     assert float(row["length_mean"]) == np.mean(lengths)
 
 
-def test_a_worker_that_dies_costs_no_progress(hopper, tmp_path, monkeypatch, capsys):
+def test_a_worker_that_dies_ends_the_run_with_a_sentence(hopper, tmp_path, monkeypatch):
     import td3_bc
 
-    log = td3_bc.Run.log
+    collect = td3_bc.Run.collect
 
-    def patched(self, losses):
-        log(self, losses)
-        if self.update == 30:
-            for worker in self.pool._processes.values():
-                worker.kill()
+    def patched(self, wait=False):
+        for worker in self.pool._processes.values() if self.jobs else []:
+            worker.kill()
+        collect(self, wait)
 
-    monkeypatch.setattr(td3_bc.Run, "log", patched)
+    monkeypatch.setattr(td3_bc, "ProcessPoolExecutor", real)
+    monkeypatch.setattr(td3_bc.Run, "collect", patched)
     with pytest.raises(SystemExit) as stopped:
-        run("td3_bc", hopper, tmp_path / "b", eval_workers=1)
-    assert stopped.value.code == 1 and "evaluation of update" in capsys.readouterr().err
-    monkeypatch.undo()
-    (folder,) = (tmp_path / "b").iterdir()
-    td3_bc.main(td3_bc.Args(resume=str(folder)))
-    whole = run("td3_bc", hopper, tmp_path / "a")
-    assert (whole / "eval.csv").read_text() == (folder / "eval.csv").read_text()
+        run("td3_bc", hopper, tmp_path)
+    assert "the evaluation of update 20 failed" in stopped.value.code and "\n" not in stopped.value.code
+
+
+class Endless(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-1, 1, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(3, np.float32), 1.0, False, False, {}
+
+
+gym.register("Endless-v0", Endless)
+
+
+def test_an_episode_that_does_not_end_is_cut_off(tmp_path):
+    folder = run("bc", made(tmp_path / "x", [30], ["timeout"]), tmp_path / "out", env_id="Endless-v0", eval_episodes=1)
+    assert {row["length_mean"] for row in csv.DictReader((folder / "eval.csv").open())} == {"10000.0000"}
 
 
 def test_no_evaluation_without_environment_or_episodes(hopper, tmp_path):
-    from conftest import write_d4rl
-
-    data = write_d4rl(tmp_path / "x.hdf5", [30], ["timeout"])
-    for dataset, flags in (data, {}), (hopper, {"eval_episodes": 0}):
+    for dataset, flags in (made(tmp_path / "x", [30], ["timeout"]), {}), (hopper, {"eval_episodes": 0}):
         folder = run("bc", dataset, tmp_path / "out", **flags)
         assert len((folder / "eval.csv").read_text().splitlines()) == 1 and (folder / "policy.pt2").exists()
 
 
-def test_d4rl_file_is_evaluated_in_the_environment_that_is_named(tmp_path):
-    from conftest import write_d4rl
-
-    data = write_d4rl(tmp_path / "x.hdf5", [30], ["timeout"], obs_dim=11, act_dim=3)
+def test_data_without_environment_is_evaluated_in_the_one_that_is_named(tmp_path):
+    data = made(tmp_path / "x", [30], ["timeout"], obs_dim=11, act_dim=3)
     folder = run("bc", data, tmp_path / "out", env_id="Hopper-v5")
     assert len((folder / "eval.csv").read_text().splitlines()) == 3
 
 
 def test_track_logs_to_wandb(hopper, tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
     logged, begun = [], {}
-    fake = SimpleNamespace(init=lambda **kw: begun.update(kw), define_metric=lambda *a, **kw: None, log=logged.append,
-                           finish=lambda status: None)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **kw: begun.update(kw), log=logged.append))
     run("bc", hopper, tmp_path, track=True, wandb_project_name="p")
     assert begun["project"] == "p" and begun["config"]["batch_size"] == 16
-    assert {"update", "losses/actor_loss"} <= logged[0].keys() and any("eval/score" in row for row in logged)
+    assert any({"update", "actor_loss"} <= row.keys() for row in logged) and any("score" in row for row in logged)
 
 
-def command(*flags):
-    return [sys.executable, ROOT / "algorithms" / "td3_bc.py", *map(str, flags)]
+FAST = """
+import sys, time, types
+sys.path.insert(0, sys.argv.pop(1))
+import td3_bc
+if __name__ == "__main__":
+    td3_bc.time = types.SimpleNamespace(time=lambda: 100 * time.time(), time_ns=time.time_ns)  # saves every 0.6 s
+    td3_bc.main(td3_bc.parse())
+"""
 
 
 def processes(tag):
@@ -346,15 +351,17 @@ def processes(tag):
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 def test_killed_five_times_it_ends_the_same_and_leaves_no_process(hopper, tmp_path):
+    (tmp_path / "fast.py").write_text(FAST)
     flags = ("--dataset-id", hopper, "--num-updates", 3000, "--eval-every", 300, "--eval-episodes", 2, "--eval-workers", 1,
              "--batch-size", 64, "--hidden-dim", 32, "--device", "cpu")
     env = {**os.environ, "RUN_TAG": f"{time.time()}"}
-    whole = subprocess.run(command(*flags, "--out-dir", tmp_path / "a"), env=env, capture_output=True, text=True)
+    command = lambda *words: [sys.executable, tmp_path / "fast.py", ROOT / "algorithms", *map(str, (*flags, *words))]
+    whole = subprocess.run(command("--out-dir", tmp_path / "a"), env=env, capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
     assert "score" in whole.stderr and "updates/s" in whole.stderr  # the progress bar
-    begin, folder, rng = ("--out-dir", tmp_path / "b"), None, random.Random(time.time())
+    begin, folder, rng, points = ("--out-dir", tmp_path / "b"), None, random.Random(time.time()), set()
     for _ in range(5):
-        process = subprocess.Popen(command(*flags, *begin), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command(*begin), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while folder is None and process.poll() is None:
             folder = next((tmp_path / "b").glob("*/args.json"), None) if (tmp_path / "b").exists() else None
             time.sleep(0.01)
@@ -362,24 +369,34 @@ def test_killed_five_times_it_ends_the_same_and_leaves_no_process(hopper, tmp_pa
         process.kill()
         process.wait()
         begin = ("--resume", folder.parent)
+        if (folder.parent / "checkpoint.pt").exists():
+            points.add(checkpoint(folder.parent)["update"])
+    print("resumed from", sorted(points))
     deadline = time.time() + 10
     while processes(env["RUN_TAG"]) and time.time() < deadline:
         time.sleep(0.1)
     assert processes(env["RUN_TAG"]) == []
-    end = subprocess.run(command(*flags, *begin), env=env, capture_output=True, text=True)
+    end = subprocess.run(command(*begin), env=env, capture_output=True, text=True)
     assert end.returncode == 0, end.stderr
     (a,) = (tmp_path / "a").iterdir()
-    assert (a / "eval.csv").read_text() == (folder.parent / "eval.csv").read_text()
+    for name in "eval.csv", "losses.csv":
+        assert (a / name).read_text() == (folder.parent / name).read_text()
     x, y = checkpoint(a), checkpoint(folder.parent)
-    assert all(same(x[part], y[part]) for part in ("update", "modules", "optimizers", "rng"))
+    assert all(same(x[part], y[part]) for part in ("update", "agent", "moments", "rng"))
 
 
-def test_ctrl_c_saves_and_leaves_with_a_message(hopper, tmp_path, monkeypatch, capsys):
-    import bc
-
-    stop_at(bc, 33, monkeypatch, signal.SIGINT)
-    with pytest.raises(SystemExit) as stopped:
-        run("bc", hopper, tmp_path)
-    (folder,) = tmp_path.iterdir()
-    assert stopped.value.code == 130 and f"--resume {folder}" in capsys.readouterr().err
-    assert checkpoint(folder)["update"] == 33
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_saves_and_leaves_with_a_sentence(number, hopper, tmp_path):
+    """Its worker, which starts at the first evaluation, gets the signal too and leaves it to its parent."""
+    command = [sys.executable, ROOT / "algorithms" / "td3_bc.py", "--dataset-id", hopper, "--eval-every", "100", "--batch-size",
+               "16", "--hidden-dim", "16", "--eval-episodes", "1", "--device", "cpu", "--out-dir", tmp_path / "out"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(tmp_path.glob("out/*/args.json")):
+        time.sleep(0.05)
+    time.sleep(1.5)
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    (folder,) = (tmp_path / "out").iterdir()
+    last = err.splitlines()[-1]
+    assert process.returncode == 1 and last.startswith("td3_bc: stopped at update ") and last.endswith(f"--resume {folder}")
+    assert "Traceback" not in err and checkpoint(folder)["update"] > 0

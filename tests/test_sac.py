@@ -1,12 +1,11 @@
 """The datasets that sac.py records: they replay, they end where they should, and the loader reads them."""
-import gymnasium as gym
 import minari
 import numpy as np
 import pytest
 import sac
 import td3_bc
 import torch
-from conftest import checkpoint, same, small
+from conftest import checkpoint, resume, same, small, stop_at
 
 
 def run(tmp_path, name, **flags):
@@ -19,6 +18,10 @@ def run(tmp_path, name, **flags):
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     return run(tmp_path_factory.mktemp("sac"), "run")
+
+
+def replay_of(folder):
+    return checkpoint(folder)["agent"]["data._extra_state"]
 
 
 def episodes(root, kind):
@@ -48,11 +51,12 @@ def test_episodes_end_exactly_once_and_sizes_are_as_asked(kind, steps, recorded)
         assert ends[-1] and not ends[:-1].any() and not (e.terminations & e.truncations).any()
         assert e.observations.dtype == np.float32 and len(e.observations) == len(e.actions) + 1
     assert all(e.terminations[-1] for e in recording[:-1])  # only the last may be cut
-    assert data.storage.metadata["ref_max_score"] == 3234.3 and "--num-steps 400" in data.storage.metadata["description"]
+    about = data.storage.metadata
+    assert about["ref_max_score"] == 3234.3 and "--num-steps 400" in about["description"]
 
 
 def test_medium_replay_is_what_agent_0_saw(recorded):
-    replay = checkpoint(recorded[0])["modules"]["replay"]
+    replay = replay_of(recorded[0])
     obs = np.concatenate([e.observations[:-1] for e in episodes(recorded[1], "medium-replay")[1]])
     np.testing.assert_array_equal(obs, replay["obs"][0, :100])
     assert replay["size"] == 400
@@ -70,15 +74,15 @@ def test_policies_are_exported_and_a_recorded_set_trains(recorded, tmp_path):
 
 
 def test_recording_goes_on_after_an_interruption(recorded, tmp_path, monkeypatch):
-    from test_runs import stop_at
-
     stop_at(sac, 256, monkeypatch)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         run(tmp_path, "b")
     monkeypatch.undo()
     (folder,) = (tmp_path / "b").iterdir()
-    sac.main(sac.Args(resume=str(folder)))
-    assert same(checkpoint(folder)["modules"], checkpoint(recorded[0])["modules"])
+    assert stopped.value.code == f"sac: stopped at update 256; go on with --resume {folder}"
+    resume(sac, folder)
+    a, b = checkpoint(folder), checkpoint(recorded[0])
+    assert all(same(a[part], b[part]) for part in ("update", "agent", "moments", "rng"))
     for kind in "random", "medium-replay", "medium", "expert":
         a, b = (episodes(root, kind)[1] for root in (recorded[1], tmp_path / "b_sets" / "hopper"))
         assert len(a) == len(b) and all(np.array_equal(x.observations, y.observations) for x, y in zip(a, b))
@@ -87,7 +91,7 @@ def test_recording_goes_on_after_an_interruption(recorded, tmp_path, monkeypatch
 def test_a_truncated_step_is_not_terminated(tmp_path):
     """Pendulum never terminates: 200 steps, then a time limit."""
     folder = sac.main(small("sac", None, tmp_path, env_id="Pendulum-v1", num_steps=420, eval_every=420))
-    replay = checkpoint(folder)["modules"]["replay"]
+    replay = replay_of(folder)
     assert replay["truncated"][0].nonzero().flatten().tolist() == [199, 399] and not replay["terminated"].any()
     assert not torch.equal(replay["next_obs"][0, 199], replay["obs"][0, 200])
     assert replay["action"].abs().max() <= 1

@@ -46,9 +46,9 @@ class Exported:
     """A Decision Transformer's policy.pt2 as dt.evaluate wants it, which asks with one episode for each agent."""
 
     def __init__(self, folder, context):
-        self.made = folder, context
-        program = torch.export.load(folder / "policy.pt2").module()
-        self.target, self.shift, self.call, self.policy = program.target, program.shift, program, SimpleNamespace(context=context)
+        self.made, self.policy = (folder, context), SimpleNamespace(context=context)
+        self.call = torch.export.load(folder / "policy.pt2").module()
+        self.target, self.shift, self.parameters = self.call.target, self.call.shift, self.call.parameters
 
     def __reduce__(self):
         return Exported, self.made
@@ -65,11 +65,10 @@ def test_a_decision_transformer_sees_its_last_steps_and_what_is_still_to_come(tm
     watch.main([str(folder), "--every", "50", "--width", "60", "--seed", "3"])
     spec = pickle.dumps(gym.spec("Pendulum-v1"))
     policy, episodes = pickle.dumps(Exported(folder, 4)), np.full((2, 1), 3)
-    obs_space = gym.make("Pendulum-v1").observation_space
-    rows = dt.evaluate(policy, spec, obs_space, 20, episodes, [True, True], 0.99, (0, 1))
+    rows = dt.evaluate(policy, spec, episodes, 0.99, (0, 1))
     for line, row in zip(capsys.readouterr().out.splitlines()[-2:], rows):
-        assert float(line.split("return ")[1].split(",")[0]) == pytest.approx(row[3], abs=0.1)
-    assert rows[0][3] != rows[1][3]
+        assert float(line.split("return ")[1].split(",")[0]) == pytest.approx(row[0], abs=0.1)
+    assert rows[0][0] != rows[1][0]
 
 
 @pytest.mark.parametrize("words, part", [(["--seeds", "7"], "--seeds 7"), (["--steps", "0"], "--steps")])
@@ -80,7 +79,8 @@ def test_wrong_flags(words, part, folder, capsys):
 
 
 def test_what_cannot_be_watched_is_told(folder, tmp_path, capsys, monkeypatch):
-    for name, change, part in (("none", None, "no directory of a finished run"), ("table", {"method": "bcq_tabular"}, "cannot be watched"),
+    for name, change, part in (("none", None, "no directory of a finished run"),
+                               ("table", {"method": "bcq_tabular"}, "cannot be watched"),
                                ("render", {}, "nothing renders CartPole-v1 here")):
         place = tmp_path / name
         place.mkdir()
