@@ -352,26 +352,29 @@ def processes(tag):
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 def test_killed_five_times_it_ends_the_same_and_leaves_no_process(hopper, tmp_path):
     (tmp_path / "fast.py").write_text(FAST)
-    flags = ("--dataset-id", hopper, "--num-updates", 3000, "--eval-every", 300, "--eval-episodes", 2, "--eval-workers", 1,
+    flags = ("--dataset-id", hopper, "--num-updates", 6000, "--eval-every", 1000, "--eval-episodes", 2, "--eval-workers", 1,
              "--batch-size", 64, "--hidden-dim", 32, "--device", "cpu")
     env = {**os.environ, "RUN_TAG": f"{time.time()}"}
     command = lambda *words: [sys.executable, tmp_path / "fast.py", ROOT / "algorithms", *map(str, (*flags, *words))]
     whole = subprocess.run(command("--out-dir", tmp_path / "a"), env=env, capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
     assert "score" in whole.stderr and "updates/s" in whole.stderr  # the progress bar
-    begin, folder, rng, points = ("--out-dir", tmp_path / "b"), None, random.Random(time.time()), set()
+    begin, place, rng, points = ("--out-dir", tmp_path / "b"), tmp_path / "b", random.Random(time.time()), set()
     for _ in range(5):
+        began = time.time()
         process = subprocess.Popen(command(*begin), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while folder is None and process.poll() is None:
-            folder = next((tmp_path / "b").glob("*/args.json"), None) if (tmp_path / "b").exists() else None
+        while not [path for path in place.glob("**/args.json") if path.stat().st_mtime > began]:
+            assert process.poll() is None
             time.sleep(0.01)
-        time.sleep(rng.uniform(0, 6))
+        time.sleep(rng.uniform(0, 3))
         process.kill()
         process.wait()
-        begin = ("--resume", folder.parent)
-        if (folder.parent / "checkpoint.pt").exists():
-            points.add(checkpoint(folder.parent)["update"])
+        (folder,) = (tmp_path / "b").iterdir()
+        begin, place = ("--resume", folder), folder
+        if (folder / "checkpoint.pt").exists():
+            points.add(checkpoint(folder)["update"])
     print("resumed from", sorted(points))
+    assert points
     deadline = time.time() + 10
     while processes(env["RUN_TAG"]) and time.time() < deadline:
         time.sleep(0.1)
@@ -380,8 +383,8 @@ def test_killed_five_times_it_ends_the_same_and_leaves_no_process(hopper, tmp_pa
     assert end.returncode == 0, end.stderr
     (a,) = (tmp_path / "a").iterdir()
     for name in "eval.csv", "losses.csv":
-        assert (a / name).read_text() == (folder.parent / name).read_text()
-    x, y = checkpoint(a), checkpoint(folder.parent)
+        assert (a / name).read_text() == (folder / name).read_text()
+    x, y = checkpoint(a), checkpoint(folder)
     assert all(same(x[part], y[part]) for part in ("update", "agent", "moments", "rng"))
 
 
