@@ -1,0 +1,141 @@
+"""Cloning with a density: each against torch.distributions, its integral, a loop by hand, and demonstrations of two modes."""
+import math
+from types import SimpleNamespace
+
+import bc
+import bc_gaussian
+import numpy as np
+import pytest
+import torch
+from conftest import made
+from torch.distributions import Normal, TanhTransform, TransformedDistribution
+
+S, B, OBS, ACT, H = 3, 5, 4, 2, 6
+
+
+def actor(module, scale=1.0, **flags):
+    """A policy in float64 whose weights are `scale` times what they begin with."""
+    torch.manual_seed(0)
+    one = module.Actor(S, OBS, ACT, H, **flags).double()
+    for p in one.parameters():
+        p.data *= scale
+    return one
+
+
+def batch(bound=1.0):
+    torch.manual_seed(1)
+    return torch.randn(S, B, OBS).double(), bound * (torch.rand(S, B, ACT).double() * 2 - 1)
+
+
+def head(one, k, s):
+    """What agent k's network gives for one state, layer by layer."""
+    layers = list(one.net)[::2]
+    for i, layer in enumerate(layers):
+        s = s @ layer.weight[k] + layer.bias[k, 0]
+        s = s.clamp(min=0) if i + 1 < len(layers) else s
+    return s
+
+
+def close(tensor, expected):
+    assert tensor.shape == (S,)
+    np.testing.assert_allclose(tensor.detach().numpy(), expected, rtol=1e-10)
+
+
+def box(n, bound=1.0):
+    """The midpoints (n^2, 2) of n^2 cells of [-bound, bound]^2, and the area of one."""
+    x = ((torch.arange(n).double() + 0.5) / n * 2 - 1) * bound
+    return torch.cartesian_prod(x, x), (2 * bound / n) ** 2
+
+
+def integral(one, n, bound=1.0):
+    """Of exp(log pi(a|s)) over actions, for two states and each agent: (S, 2)."""
+    (a, area), s = box(n, bound), batch()[0][:, :2]
+    found = [one.log_prob(s[:, [i]].expand(S, len(a), OBS), a.expand(S, -1, -1)).exp().sum(-1) * area for i in range(2)]
+    return torch.stack(found, -1).detach()
+
+
+def trained(module, updates, obs, action, **flags):
+    """Two agents after so many updates on these transitions."""
+    rest = torch.zeros(len(obs))
+    data = SimpleNamespace(obs=obs, action=action, reward=rest, next_obs=obs, terminated=rest)
+    flags = dict(hidden_dim=64, batch_size=128, learning_rate=3e-3) | flags
+    agent = module.Agent(module.Args(num_seeds=2, device="cpu", **flags), obs.shape[-1], action.shape[-1], data)
+    for _ in range(updates):
+        agent.update()
+    return agent
+
+
+def two_modes(module, updates, **flags):
+    """Actions (2, 1000, 2) of two agents in random states, where half the demonstrations go to (0.7, -0.5) and half to
+    (-0.7, -0.5) whatever the state is."""
+    torch.manual_seed(0)
+    left = torch.randint(2, (2000,)) * 2.0 - 1
+    action = torch.stack([0.7 * left, torch.full((2000,), -0.5)], -1) + 0.03 * torch.randn(2000, 2)
+    agent = trained(module, updates, torch.rand(2000, 3) * 2 - 1, action, **flags)
+    with torch.no_grad():
+        return agent.policy(torch.rand(2, 1000, 3) * 2 - 1)
+
+
+def test_squared_error_falls_between_two_modes():
+    assert two_modes(bc, 300)[..., 0].abs().mean() < 0.25
+
+
+# --- bc_gaussian ---
+def test_gaussian_log_probability_is_that_of_a_tanh_of_a_normal():
+    one, (s, a) = actor(bc_gaussian, 3.0), batch(0.999)
+    mean, log_std = one.net(s).chunk(2, -1)
+    std = (-5 + 5 * (torch.tanh(log_std) + 1) / 2).exp()
+    assert std.min() < 0.05 and std.max() <= 1
+    squashed = TransformedDistribution(Normal(mean, std), TanhTransform())
+    torch.testing.assert_close(one.log_prob(s, a), squashed.log_prob(a).sum(-1))
+    torch.testing.assert_close(one(s), torch.tanh(mean))
+
+
+def test_gaussian_loss_by_hand():
+    one, (s, a) = actor(bc_gaussian), batch(0.999)
+    expected = []
+    for k in range(S):
+        total = 0.0
+        for i in range(B):
+            x = head(one, k, s[k, i]).tolist()
+            for j in range(ACT):
+                u, std = math.atanh(a[k, i, j]), math.exp(-5 + 2.5 * (math.tanh(x[ACT + j]) + 1))
+                density = math.exp(-0.5 * ((u - x[j]) / std) ** 2) / (std * math.sqrt(2 * math.pi))
+                total -= (math.log(density) - math.log(1 - a[k, i, j].item() ** 2)) / B
+        expected.append(total)
+    close(bc_gaussian.actor_loss(one, (s, a)), expected)
+
+
+def test_gaussian_integrates_to_one_over_the_box():
+    torch.testing.assert_close(integral(actor(bc_gaussian), 400), torch.ones(S, 2).double(), rtol=1e-4, atol=0)
+
+
+def test_gaussian_is_finite_where_the_data_is_at_the_bounds(tmp_path):
+    folder = made(tmp_path / "x", [30], ["timeout"], actions=np.tile(np.array([[-1, 1]], np.float32), (30, 1)))
+    args = bc_gaussian.Args(dataset_id=folder, eval_episodes=0, batch_size=8, device="cpu")
+    data = bc_gaussian.load(args)
+    one = bc_gaussian.Actor(1, 3, 2, H)
+    assert not bc_gaussian.actor_loss(one, (data.obs[None], data.action[None])).isfinite()
+    bc_gaussian.prepare(data, args)
+    assert data.action.abs().max() < 1
+    agent = bc_gaussian.Agent(args, 3, 2, data)
+    for _ in range(20):
+        loss = agent.update()["actor_loss"]
+    assert loss.isfinite() and all(p.isfinite().all() for p in agent.parameters())
+
+
+def test_gaussian_finds_mean_and_deviation_before_the_tanh():
+    """Maximum likelihood of tanh(u), u ~ N(m, d^2), whatever s is: mu = m and sigma = d."""
+    torch.manual_seed(0)
+    m, d = torch.tensor([0.8, -0.3]), torch.tensor([0.5, 0.1])
+    obs = torch.rand(4000, 3) * 2 - 1
+    action = torch.tanh(m + d * torch.randn(4000, 2))
+    agent = trained(bc_gaussian, 400, obs, action)
+    mean, log_std = agent.actor.net(torch.rand(2, 500, 3) * 2 - 1).detach().chunk(2, -1)
+    torch.testing.assert_close(mean.mean(1), m.expand(2, 2), rtol=0, atol=0.06)
+    std = (-5 + 2.5 * (torch.tanh(log_std) + 1)).exp()
+    torch.testing.assert_close(std.mean(1), d.expand(2, 2), rtol=0.15, atol=0)
+
+
+def test_one_gaussian_falls_between_two_modes_like_squared_error():
+    assert two_modes(bc_gaussian, 300)[..., 0].abs().mean() < 0.3
