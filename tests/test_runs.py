@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def acts_in_hopper(method):
-    return method in OFFLINE or method == "sac"
+    return method not in DISCRETE and method != "dqn"
 
 
 def network(method):
-    return "actor" if acts_in_hopper(method) else "critic"
+    return "critic" if method == "bcq" or not acts_in_hopper(method) else "actor"
 
 
 def run(method, hopper, out, **flags):
