@@ -6,8 +6,8 @@
 """Gaussian BC: maximum likelihood, as the cloning of Behavior Regularized Offline Reinforcement Learning (BRAC).
 Wu, Tucker & Nachum, 2019. https://arxiv.org/abs/1911.11361
 
-    log pi(a|s) = log N(u; mu(s), sigma(s)^2) - sum_i log(1 - a_i^2),   a = tanh(u)
-    L_pi = E[ -log pi(a|s) ],   acting: tanh(mu(s))
+    pi(a|s) = N(u; mu(s), sigma(s)^2) / prod_i (1 - a_i^2),   a = tanh(u);   acting: tanh(mu(s))
+    L_pi    = E[ -log pi(a|s) ]
 
     python algorithms/bc_gaussian.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000
 
@@ -76,10 +76,10 @@ class Actor(nn.Module):
 
     def log_prob(self, s, a):  # (S, B)
         mean, log_std = self.net(s).chunk(2, -1)
-        log_std = -5 + 2.5 * (torch.tanh(log_std) + 1)  # in [-5, 0]
-        z = (torch.atanh(a) - mean) / log_std.exp()
-        log_slope = torch.log1p(-a.square())  # of tanh where it is a
-        return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi) - log_slope).sum(-1)
+        std = (-5 + 2.5 * (torch.tanh(log_std) + 1)).exp()  # its logarithm in [-5, 0]
+        z = (torch.atanh(a) - mean) / std
+        log_normal = (-0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        return log_normal - torch.log1p(-a.square()).sum(-1)  # the slope of tanh
 
 
 # --- losses: each returns one value per seed, (S,) ---

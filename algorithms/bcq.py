@@ -16,7 +16,7 @@ Fujimoto, Meger & Precup, ICML 2019. https://arxiv.org/abs/1812.02900
     python algorithms/bcq.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 10000
 
 a'_i is of the targets Q', xi'. The policy draws: evaluation seeds it, policy.pt2 draws anew at every call.
-Departs from the paper: nothing; widths, rates, KL's weight, bounds of z and log sigma are the authors' code's.
+Departs from the paper: as in the authors' code KL counts a quarter of what algorithm 1 has; their widths and rates.
 Shapes: S seeds, B batch, E critics, n draws, N transitions. The S seeds train side by side and never interact.
 """
 import copy
@@ -132,7 +132,7 @@ class Policy(nn.Module):
     def forward(self, s):  # (S, B, obs_dim) -> (S, B, act_dim)
         s_rep = s.repeat(1, self.n, 1)  # (S, n B, obs_dim)
         a = self.xi(s_rep, self.vae.sample(s_rep)).view(len(s), self.n, *s.shape[1:2], -1)  # (S, n, B, act_dim)
-        best = self.critic(s_rep, a.flatten(1, 2))[:, 0].view(a.shape[:3]).argmax(1)  # (S, B)
+        best = self.critic.first(s_rep, a.flatten(1, 2)).view(a.shape[:3]).argmax(1)  # (S, B)
         return a.gather(1, best[:, None, :, None].expand(-1, -1, -1, a.shape[-1])).squeeze(1)
 
 

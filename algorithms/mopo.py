@@ -209,13 +209,13 @@ def terminated(env, s_next):
     fail(f"no rule ends imagined episodes of {env}: --env-id takes Hopper, Walker2d, HalfCheetah; see `terminated`")
 
 
-def imagine(dynamics, elites, s, a, rng=None):
+def imagine(dynamics, elites, s, a):
     """A step in a random elite: r (S, B), s_next (S, B, obs_dim), u = max_i |sigma_i(s, a)| over all networks."""
     mean, logvar = dynamics(torch.cat([s, a], -1).unsqueeze(1))  # (S, E, B, 1 + obs_dim)
     std = (0.5 * logvar).exp()
-    i = elites.gather(1, torch.randint(elites.shape[1], s.shape[:2], generator=rng, device=s.device))  # (S, B)
+    i = elites.gather(1, torch.randint(elites.shape[1], s.shape[:2], device=s.device))  # (S, B)
     mean_i, std_i = (x.take_along_dim(i[:, None, :, None], 1).squeeze(1) for x in (mean, std))  # (S, B, 1 + obs_dim)
-    x = mean_i + std_i * torch.randn(mean_i.shape, generator=rng, device=s.device)
+    x = mean_i + std_i * torch.randn_like(mean_i)
     return x[..., 0], s + x[..., 1:], std.norm(dim=-1).amax(1)
 
 

@@ -42,9 +42,10 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = {  # in the order of rows and colours; other labels follow as they are
     "bc": "BC", "td3_bc": "TD3+BC", "iql": "IQL", "cql": "CQL", "sac_offline": "SAC offline", "dt": "DT",
     "mopo": "MOPO", "mopo_h100": "MOPO, h = 100", "bc_diffusion": "Diffusion BC", "dagger": "DAgger",
-    "dqn_offline": "DQN offline",
+    "dqn_offline": "DQN offline", "filtered_bc": "Filtered BC, 10 %", "bc_gaussian": "Gaussian BC", "bc_gmm": "GMM BC",
+    "awac": "AWAC", "onestep": "One-step", "ddpg_offline": "DDPG offline", "bcq": "BCQ", "fisher_brc": "Fisher-BRC",
     "bcq_discrete": "BCQ (discrete)", "cql_discrete": "CQL (discrete)", "bcq_tabular": "BCQ (tabular)"}
-SHORT = "cql", "dt", "mopo", "mopo_h100"  # what half an hour to three hours of one core give
+SHORT = "cql", "dt", "mopo", "mopo_h100", "bcq", "fisher_brc"  # what half an hour to three hours of one core give
 RAW = "args.json", "run.json", "eval.csv"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 ABSENT, RESAMPLES = "–", 10_000

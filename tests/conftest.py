@@ -103,8 +103,8 @@ def arrays(lengths, ends, obs_dim=3, act_dim=2, next_observations=True, **change
         "rewards": np.arange(len(rows), dtype=np.float32),
         "terminals": last & (kind == "terminal"), "timeouts": last & (kind == "timeout")}
     if next_observations is True:
-        found["next_observations"] = obs + np.eye(obs_dim, dtype=np.float32)[1]
-    found.update(changes)
+        next_observations = found["observations"] + np.eye(obs_dim, dtype=np.float32)[1]
+    found.update({"next_observations": next_observations if next_observations is not False else None, **changes})
     return {key: value for key, value in found.items() if value is not None}
 
 

@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import bc
 import bc_gaussian
+import bc_gmm
 import numpy as np
 import pytest
 import torch
-from conftest import made
-from torch.distributions import Normal, TanhTransform, TransformedDistribution
+from conftest import made, small
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, TanhTransform, TransformedDistribution
 
 S, B, OBS, ACT, H = 3, 5, 4, 2, 6
 
@@ -66,18 +67,26 @@ def trained(module, updates, obs, action, **flags):
 
 
 def two_modes(module, updates, **flags):
-    """Actions (2, 1000, 2) of two agents in random states, where half the demonstrations go to (0.7, -0.5) and half to
-    (-0.7, -0.5) whatever the state is."""
+    """Actions (2, 1000, 2) of two agents in random states, where a demonstration goes to (0.7, 0.5) or (-0.7, -0.5),
+    a coin's throw whatever the state is."""
     torch.manual_seed(0)
-    left = torch.randint(2, (2000,)) * 2.0 - 1
-    action = torch.stack([0.7 * left, torch.full((2000,), -0.5)], -1) + 0.03 * torch.randn(2000, 2)
+    side = torch.randint(2, (2000, 1)) * 2.0 - 1
+    action = torch.tensor([0.7, 0.5]) * side + 0.03 * torch.randn(2000, 2)
     agent = trained(module, updates, torch.rand(2000, 3) * 2 - 1, action, **flags)
     with torch.no_grad():
         return agent.policy(torch.rand(2, 1000, 3) * 2 - 1)
 
 
+def keeps_both(drawn, near, share):
+    """Whether `share` of the actions lie within `near` of one of the two modes, about half of them at each."""
+    gap = [(drawn - torch.tensor([0.7, 0.5]) * side).abs().amax(-1) < near for side in (1, -1)]
+    right, left = (x.float().mean(-1) for x in gap)
+    return (right + left).min() >= share and (right - left).abs().max() < 0.15
+
+
 def test_squared_error_falls_between_two_modes():
-    assert two_modes(bc, 300)[..., 0].abs().mean() < 0.25
+    drawn = two_modes(bc, 300)
+    assert drawn[..., 0].abs().mean() < 0.25 and not keeps_both(drawn, 0.3, 0.1)
 
 
 # --- bc_gaussian ---
@@ -107,7 +116,7 @@ def test_gaussian_loss_by_hand():
 
 
 def test_gaussian_integrates_to_one_over_the_box():
-    torch.testing.assert_close(integral(actor(bc_gaussian), 400), torch.ones(S, 2).double(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(integral(actor(bc_gaussian), 200), torch.ones(S, 2).double(), rtol=1e-3, atol=0)
 
 
 def test_gaussian_is_finite_where_the_data_is_at_the_bounds(tmp_path):
@@ -115,7 +124,7 @@ def test_gaussian_is_finite_where_the_data_is_at_the_bounds(tmp_path):
     args = bc_gaussian.Args(dataset_id=folder, eval_episodes=0, batch_size=8, device="cpu")
     data = bc_gaussian.load(args)
     one = bc_gaussian.Actor(1, 3, 2, H)
-    assert not bc_gaussian.actor_loss(one, (data.obs[None], data.action[None])).isfinite()
+    assert bc_gaussian.actor_loss(one, (data.obs[None], data.action[None])).isnan()
     bc_gaussian.prepare(data, args)
     assert data.action.abs().max() < 1
     agent = bc_gaussian.Agent(args, 3, 2, data)
@@ -139,3 +148,99 @@ def test_gaussian_finds_mean_and_deviation_before_the_tanh():
 
 def test_one_gaussian_falls_between_two_modes_like_squared_error():
     assert two_modes(bc_gaussian, 300)[..., 0].abs().mean() < 0.3
+
+
+# --- bc_gmm ---
+def mixture(one, s, K):
+    """Its parts from the network's output: K times a logit, the means, the raw deviations."""
+    x = one.net(s).unflatten(-1, (K, -1))
+    return x[..., 0], torch.tanh(x[..., 1 : 1 + ACT]), torch.nn.functional.softplus(x[..., 1 + ACT :]) + 1e-4
+
+
+def test_mixture_log_probability_is_that_of_torch():
+    one, (s, a) = actor(bc_gmm, 3.0, K=5), batch()
+    logits, mean, std = mixture(one, s, 5)
+    assert logits.softmax(-1).amax(-1).max() > 0.5 and mean.shape == std.shape == (S, B, 5, ACT)
+    reference = MixtureSameFamily(Categorical(logits=logits), Independent(Normal(mean, std), 1))
+    torch.testing.assert_close(one.log_prob(s, a), reference.log_prob(a))
+
+
+def test_mixture_loss_by_hand():
+    one, (s, a) = actor(bc_gmm, K=4), batch()
+    expected = []
+    for k in range(S):
+        total = 0.0
+        for i in range(B):
+            parts = head(one, k, s[k, i]).view(4, 1 + 2 * ACT).tolist()
+            weight, density = [math.exp(part[0]) for part in parts], 0.0
+            for w, (_, *rest) in zip(weight, parts):
+                product = w / sum(weight)
+                for j in range(ACT):
+                    std = math.log(1 + math.exp(rest[ACT + j])) + 1e-4
+                    z = (a[k, i, j].item() - math.tanh(rest[j])) / std
+                    product *= math.exp(-0.5 * z**2) / (std * math.sqrt(2 * math.pi))
+                density += product
+            total -= math.log(density) / B
+        expected.append(total)
+    close(bc_gmm.actor_loss(one, (s, a)), expected)
+
+
+def test_mixture_integrates_to_one_over_the_plane_and_to_less_over_the_box():
+    one = actor(bc_gmm, K=5)
+    torch.testing.assert_close(integral(one, 150, bound=7.0), torch.ones(S, 2).double(), rtol=1e-6, atol=0)
+    assert integral(one, 100).max() < 0.99
+
+
+@torch.no_grad()
+def test_mixture_draws_a_component_by_its_weight_and_stays_at_its_mean():
+    one, n = actor(bc_gmm, 3.0, K=5), 40_000
+    one.net[-1].bias.data.view(S, 1, 5, -1)[..., 1:] = 0  # only the weights depend on what follows
+    one.net[-1].weight.data.view(S, H, 5, -1)[..., 1:] = 0
+    place = torch.linspace(-2, 2, 5).double()
+    one.net[-1].bias.data.view(S, 1, 5, -1)[..., 1] = place
+    one.net[-1].bias.data.view(S, 1, 5, -1)[..., 2] = place.abs()
+    s = batch()[0][:, :1]
+    torch.manual_seed(0)
+    drawn = one(s.expand(S, n, OBS))
+    mean = torch.stack([torch.tanh(place), torch.tanh(place.abs())], -1)  # (5, 2)
+    gap, k = (drawn.unsqueeze(-2) - mean).abs().amax(-1).min(-1)
+    assert gap.max() < 1e-3 and (drawn - mean[k]).std().item() == pytest.approx(1e-4, rel=0.02)
+    weight = one.net(s).unflatten(-1, (5, -1))[:, 0, :, 0].softmax(-1)  # (S, 5)
+    found = torch.stack([k[j].bincount(minlength=5) for j in range(S)]) / n
+    assert weight.max() > 0.4 and (found - weight).abs().max() < 4 * 0.5 / n**0.5
+
+
+def test_mixture_keeps_two_modes():
+    assert keeps_both(two_modes(bc_gmm, 500), 0.1, 0.95)
+
+
+def test_mixture_is_finite_on_demonstrations_without_noise():
+    """A deviation that is not bounded below would go to 0 and the loss to -inf."""
+    agent = trained(bc_gmm, 400, torch.zeros(200, 3), torch.tensor([1.0, -0.3]).expand(200, 2))
+    *_, std = agent.actor.mixture(torch.zeros(2, 1, 3))
+    loss = agent.update()["actor_loss"]
+    assert loss.isfinite().all() and std.min() >= 1e-4
+    assert (agent.policy(torch.zeros(2, 7, 3)) - torch.tensor([1.0, -0.3])).abs().max() < 0.05
+
+
+@torch.no_grad()
+def test_mixture_acts_in_the_box():
+    one = bc_gmm.Actor(S, OBS, ACT, H, 5)
+    one.net[-1].bias.data += 30  # every mean is 1
+    drawn = one(torch.randn(S, 200, OBS))
+    assert drawn.max() == 1 and drawn.min() > 0.99
+
+
+@pytest.mark.parametrize("module", [bc_gmm])
+def test_exported_sampler_draws_anew_and_evaluation_does_not(module, hopper, tmp_path):
+    a, b = (module.main(small(module.__name__, hopper, tmp_path / str(i), num_seeds=3)) for i in range(2))
+    assert (a / "eval.csv").read_text() == (b / "eval.csv").read_text()
+    policy = torch.export.load(a / "policy.pt2").module()
+    for n in 1, 7, 40:
+        drawn = policy(torch.zeros(n, 11))
+        assert drawn.shape == (3, n, 3) and drawn.abs().max() <= 1
+    assert not torch.equal(policy(torch.zeros(40, 11)), drawn)
+    torch.manual_seed(3)
+    first = policy(torch.zeros(4, 11))
+    torch.manual_seed(3)
+    assert torch.equal(policy(torch.zeros(4, 11)), first)

@@ -1,4 +1,4 @@
-"""fisher_brc.py: the mixture's density, the losses by hand, the penalty by finite differences, and cloning that resumes."""
+"""fisher_brc.py: the mixture's density, losses by hand, the penalty by finite differences, cloning that resumes."""
 import math
 from types import SimpleNamespace
 
@@ -71,15 +71,16 @@ def test_critic_by_hand(batch):
     fine, expected, slopes, h = critic.double(), np.zeros(S), np.zeros(S), 1e-5
     for k in range(S):
         for i in range(B):
-            q_next = min(q_of(critic_target.net, k, e, s_next[k, i], a_next[k, i]) for e in range(E)) + log_next[k, i].item()
-            y = r[k, i].item() + 0.9 * (1 - d[k, i].item()) * q_next
+            offset = min(q_of(critic_target.net, k, e, s_next[k, i], a_next[k, i]) for e in range(E))
+            y = r[k, i].item() + 0.9 * (1 - d[k, i].item()) * (offset + log_next[k, i].item())
             for e in range(E):
                 x, at = s[k, i].double(), pi[k, i].double()
                 q = q_of(fine.net, k, e, x, a[k, i].double()) + log_mu[k, i].item()
                 expected[k] += (q - y) ** 2 / B
                 for j in range(A):
                     step = h * torch.eye(A).double()[j]
-                    slopes[k] += ((q_of(fine.net, k, e, x, at + step) - q_of(fine.net, k, e, x, at - step)) / (2 * h)) ** 2 / B
+                    rise = q_of(fine.net, k, e, x, at + step) - q_of(fine.net, k, e, x, at - step)
+                    slopes[k] += (rise / (2 * h)) ** 2 / B
     assert loss.shape == slope.shape == (S,)
     np.testing.assert_allclose(slope, slopes, rtol=1e-3)
     np.testing.assert_allclose(loss.detach(), expected + 0.3 * slopes, rtol=1e-3)
@@ -126,7 +127,8 @@ def test_behaviour_loss_by_hand(batch):
     loss, log_prob = m.behaviour_loss(behaviour, alpha, batch)
     torch.manual_seed(7)
     drawn = behaviour.sample(s)
-    expected = [(math.exp(k - 1) * behaviour.log_prob(s, drawn)[k] - behaviour.log_prob(s, a)[k]).mean().item() for k in range(S)]
+    own, data = behaviour.log_prob(s, drawn), behaviour.log_prob(s, a)
+    expected = [(math.exp(k - 1) * own[k] - data[k]).mean().item() for k in range(S)]
     np.testing.assert_allclose(loss.detach(), expected, rtol=1e-5)
     assert log_prob.shape == (S, B) and not log_prob.requires_grad
 

@@ -18,7 +18,7 @@ RUN = ROOT / "benchmark_results" / "run.py"
 spec = importlib.util.spec_from_file_location("run", RUN)
 run = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run)
-RECORDERS = "sac.py", "dqn.py"  # they make datasets and have no row
+RECORDERS = "sac.py", "dqn.py", "fqe.py"  # they make datasets, or judge a policy, and have no row
 BC = ("python algorithms/bc.py --dataset-id hopper/medium-v0 --num-updates 2000 --eval-every 1000 --eval-episodes 1 "
       "--eval-workers 1 --hidden-dim 16 --batch-size 16 --device cpu")
 
