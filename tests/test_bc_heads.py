@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import bc
 import bc_gaussian
 import bc_gmm
+import bc_vae
 import numpy as np
 import pytest
 import torch
 from conftest import made, small
-from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, TanhTransform, TransformedDistribution
+from torch.distributions import (Categorical, Independent, MixtureSameFamily, Normal, TanhTransform, TransformedDistribution,
+                                 kl_divergence)
 
 S, B, OBS, ACT, H = 3, 5, 4, 2, 6
 
@@ -28,9 +30,9 @@ def batch(bound=1.0):
     return torch.randn(S, B, OBS).double(), bound * (torch.rand(S, B, ACT).double() * 2 - 1)
 
 
-def head(one, k, s):
-    """What agent k's network gives for one state, layer by layer."""
-    layers = list(one.net)[::2]
+def head(one, k, s, net="net"):
+    """What a network of agent k gives for one state, layer by layer, before any tanh."""
+    layers = [layer for layer in getattr(one, net) if hasattr(layer, "weight")]
     for i, layer in enumerate(layers):
         s = s @ layer.weight[k] + layer.bias[k, 0]
         s = s.clamp(min=0) if i + 1 < len(layers) else s
@@ -231,7 +233,58 @@ def test_mixture_acts_in_the_box():
     assert drawn.max() == 1 and drawn.min() > 0.99
 
 
-@pytest.mark.parametrize("module", [bc_gmm])
+# --- bc_vae ---
+@pytest.mark.parametrize("shift, low, high", [(-3, -4, 15), (14, -4, 15)])
+def test_vae_loss_by_hand(shift, low, high, monkeypatch):
+    """With log sigma beyond either of its bounds, and the divergence of torch."""
+    one, (s, a) = actor(bc_vae, 3.0, clip=0.5), batch()
+    Z = 2 * ACT
+    one.encoder[-1].bias.data[..., Z:] += shift
+    eps = torch.randn(S, B, Z).double()
+    monkeypatch.setattr(torch, "randn_like", lambda x: eps)
+    loss, expected, seen = bc_vae.actor_loss(one, (s, a)), [], []
+    for k in range(S):
+        error, kl = [], []
+        for i in range(B):
+            x = head(one, k, torch.cat([s[k, i], a[k, i]]), "encoder")
+            seen += x[Z:].tolist()
+            mean, std = x[:Z], x[Z:].clamp(low, high).exp()
+            pi = torch.tanh(head(one, k, torch.cat([s[k, i], mean + std * eps[k, i]])))
+            error += [(pi[j] - a[k, i, j]).item() ** 2 for j in range(ACT)]
+            kl += kl_divergence(Normal(mean, std), Normal(torch.zeros(Z).double(), 1.0)).tolist()
+        expected.append(np.mean(error) + 0.5 * np.mean(kl))
+    assert min(seen) < low < max(seen) or min(seen) < high < max(seen)
+    close(loss, expected)
+
+
+def test_vae_encoder_learns_from_the_action_as_well_as_from_the_divergence():
+    one, (s, a) = actor(bc_vae, clip=0.5), batch()
+    mean, log_std = one.encoder(torch.cat([s, a], -1)).chunk(2, -1)
+    kl = kl_divergence(Normal(mean, log_std.exp()), Normal(torch.zeros_like(mean), 1.0)).mean((-2, -1))
+    for part in kl, bc_vae.actor_loss(one, (s, a)) - kl / 2:
+        for grad in torch.autograd.grad(part.sum(), one.encoder.parameters(), retain_graph=True):
+            assert (grad.flatten(1).abs().amax(1) > 1e-6).all()
+
+
+@torch.no_grad()
+def test_vae_acts_by_the_decoder_at_clipped_latents(monkeypatch):
+    one, (s, _) = actor(bc_vae, 2.0, clip=0.5), batch()
+    eps = 2 * torch.randn(S, B, 2 * ACT).double()
+    monkeypatch.setattr(torch, "randn", lambda *size, **_: eps)
+    assert eps.abs().max() > 1 and eps.abs().min() < 0.5
+    found = one(s)
+    for k in range(S):
+        for i in range(B):
+            z = eps[k, i].minimum(torch.tensor(0.5)).maximum(torch.tensor(-0.5))
+            torch.testing.assert_close(found[k, i], torch.tanh(head(one, k, torch.cat([s[k, i], z]))))
+
+
+def test_vae_keeps_two_modes():
+    assert keeps_both(two_modes(bc_vae, 500), 0.2, 0.7)
+
+
+# --- samplers as files ---
+@pytest.mark.parametrize("module", [bc_gmm, bc_vae])
 def test_exported_sampler_draws_anew_and_evaluation_does_not(module, hopper, tmp_path):
     a, b = (module.main(small(module.__name__, hopper, tmp_path / str(i), num_seeds=3)) for i in range(2))
     assert (a / "eval.csv").read_text() == (b / "eval.csv").read_text()
