@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy>=2.0", "gymnasium[mujoco,box2d]>=1.2.3", "minari[hdf5,hf]>=0.5.4",
-#   "tyro>=0.9.20", "tqdm>=4.66", "wandb>=0.19", "matplotlib>=3.9", "pytest>=8.3"]
+#   "tyro>=0.9.20", "tqdm>=4.66", "wandb>=0.19"]
 # ///
 """BC-GMM: What Matters in Learning from Offline Human Demonstrations for Robot Manipulation (robomimic).
 Mandlekar et al., CoRL 2021. https://arxiv.org/abs/2108.03298
@@ -377,13 +377,14 @@ class Run:
 
     def evaluate(self):
         """Hands the policy to a worker, which evaluates it while training goes on."""
-        args, S, n = self.args, self.args.num_seeds, self.args.eval_episodes
-        if n and self.task.spec:
+        args, task, S, n = self.args, self.task, self.args.num_seeds, self.args.eval_episodes
+        if n and task.spec:
             seeds = np.random.SeedSequence([args.seed, self.update]).generate_state(S * n).reshape(S, n)
             self.pool = self.pool or ProcessPoolExecutor(args.eval_workers, get_context("spawn"), start_worker)
-            job = pickle.dumps(RawPolicy(self.agent.policy, S, self.task)), pickle.dumps(self.task.spec), seeds
+            job = pickle.dumps(RawPolicy(self.agent.policy, S, task)), pickle.dumps(task.spec), seeds
             self.listen(signal.SIG_IGN)  # a worker that starts now inherits it: signals are its parent's
-            self.jobs.append((self.update, self.pool.submit(evaluate, *job, args.gamma, self.task.reference)))
+            with attempt(f"the evaluation of update {self.update} failed"):
+                self.jobs.append((self.update, self.pool.submit(evaluate, *job, args.gamma, task.reference)))
             self.listen(self.interrupt)
 
     def collect(self, wait=False):

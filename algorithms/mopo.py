@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "numpy>=2.0", "gymnasium[mujoco,box2d]>=1.2.3", "minari[hdf5,hf]>=0.5.4",
-#   "tyro>=0.9.20", "tqdm>=4.66", "wandb>=0.19", "matplotlib>=3.9", "pytest>=8.3"]
+#   "tyro>=0.9.20", "tqdm>=4.66", "wandb>=0.19"]
 # ///
 """MOPO: Model-based Offline Policy Optimization.
 Yu, Thomas, Yu, Ermon, Zou, Levine, Finn & Ma, NeurIPS 2020. https://arxiv.org/abs/2005.13239
@@ -20,9 +20,8 @@ Then SAC learns from the data and from rollouts of h steps, which begin in the d
     python algorithms/mopo.py --num-seeds 2 --num-updates 40000 --eval-every 1000 --model-epochs 30 \
         --horizon 100 --rollout-batch 2500
 
-The defaults are the authors'. On the set that ships h = 5 fails: short rollouts seldom meet a fall and bootstrap at
-states that are never trained on (the edge of reach, https://arxiv.org/abs/2402.12527); rollouts of 100 steps do not.
-Logs q_start, Q where episodes begin, which lags 1 / (tau (1 - gamma)) updates behind: see eval.csv's discounted return.
+The defaults are the authors'. On the set that ships h = 5 fails: short rollouts seldom meet a fall, and bootstrap where
+nothing is trained (the edge of reach, https://arxiv.org/abs/2402.12527). Logs q_start, Q where episodes begin.
 Departs from the paper: as in the authors' code no spectral normalisation (issue 3), u of sigma, not sigma^2, H = -3.
 Unlike there the fit has an end, --model-epochs, L_Q no 1/2, L_alpha alpha for its log, SAC PyTorch's initial weights.
 Shapes: S seeds, E networks or critics, B batch, N transitions. The S seeds train side by side and never interact.
@@ -575,13 +574,14 @@ class Run:
 
     def evaluate(self):
         """Hands the policy to a worker, which evaluates it while training goes on."""
-        args, S, n = self.args, self.args.num_seeds, self.args.eval_episodes
-        if n and self.task.spec:
+        args, task, S, n = self.args, self.task, self.args.num_seeds, self.args.eval_episodes
+        if n and task.spec:
             seeds = np.random.SeedSequence([args.seed, self.update]).generate_state(S * n).reshape(S, n)
             self.pool = self.pool or ProcessPoolExecutor(args.eval_workers, get_context("spawn"), start_worker)
-            job = pickle.dumps(RawPolicy(self.agent.policy, S, self.task)), pickle.dumps(self.task.spec), seeds
+            job = pickle.dumps(RawPolicy(self.agent.policy, S, task)), pickle.dumps(task.spec), seeds
             self.listen(signal.SIG_IGN)  # a worker that starts now inherits it: signals are its parent's
-            self.jobs.append((self.update, self.pool.submit(evaluate, *job, args.gamma, self.task.reference)))
+            with attempt(f"the evaluation of update {self.update} failed"):
+                self.jobs.append((self.update, self.pool.submit(evaluate, *job, args.gamma, task.reference)))
             self.listen(self.interrupt)
 
     def collect(self, wait=False):

@@ -74,6 +74,8 @@ def make(method, S, device):
         flags["dataset_id"] = "lunarlander/mixed-v0" if discrete else "hopper/medium-v0"
     if method == "mopo":
         flags.update(env_id="Hopper-v5", rollout_batch=400)  # 10,000 imagined steps
+    if method == "fqe":
+        flags["policy"] = str(ROOT / "datasets" / "hopper" / "medium.pt2")
     args = module.Args(**flags)
     module.setup(args)
     with torch.device(device):

@@ -1,6 +1,7 @@
 import concurrent.futures
 import os
 import signal
+import unittest.mock
 from importlib import import_module
 from pathlib import Path
 
@@ -14,7 +15,7 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 ALL = sorted(path.stem for path in (Path(__file__).resolve().parents[1] / "algorithms").glob("*.py"))
 OFFLINE = ["bc", "td3_bc", "iql", "sac_offline", "cql", "bc_diffusion", "ddpg_offline", "bcq", "bear", "brac", "fisher_brc",
-           "algaedice", "bc_gaussian", "bc_gmm", "bc_vae", "awac"]  # on transitions with continuous actions
+           "algaedice", "bc_gaussian", "bc_gmm", "bc_vae", "filtered_bc", "awac"]  # on transitions with continuous actions
 DISCRETE = ["dqn_offline", "bcq_discrete", "cql_discrete"]
 ONLINE = ["sac", "dqn", "ddpg", "td3"]
 OFFLINE, DISCRETE, ONLINE = ([name for name in names if name in ALL] for names in (OFFLINE, DISCRETE, ONLINE))
@@ -110,7 +111,8 @@ def arrays(lengths, ends, obs_dim=3, act_dim=2, next_observations=True, **change
 
 def made(folder, *args, env_id="", **changes):
     """The directory of a Minari set of `arrays`."""
-    return str(from_d4rl.write(arrays(*args, **changes), folder, env_id))
+    with unittest.mock.patch("from_d4rl.pack"):  # takes seconds
+        return str(from_d4rl.write(arrays(*args, **changes), folder, env_id))
 
 
 def small(method, dataset, out, **flags):
@@ -121,7 +123,8 @@ def small(method, dataset, out, **flags):
     steps = {"sac": dict(env_id="Hopper-v5", num_steps=40, learning_starts=8),
              "ddpg": dict(env_id="Hopper-v5", num_steps=40, learning_starts=8),
              "td3": dict(env_id="Hopper-v5", num_steps=40, learning_starts=8),
-             "dqn": dict(env_id="CartPole-v1", num_steps=40, learning_starts=8, epsilon_steps=16, train_freq=2)}
+             "dqn": dict(env_id="CartPole-v1", num_steps=40, learning_starts=8, epsilon_steps=16, train_freq=2),
+             "bcq": dict(num_updates=40, vae_dim=16, num_draws_acting=10)}
     steps = steps.get(method, dict(num_updates=40))
     shape = dict(batch_size=16, hidden_dim=16, eval_every=20, eval_episodes=2, device="cpu", out_dir=str(out))
     return import_module(method).Args(**{**data, **steps, **shape, **flags})

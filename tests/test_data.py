@@ -157,14 +157,13 @@ def test_td3_bc_normalises_and_iql_scales_by_true_episodes(tmp_path):
     np.testing.assert_allclose(data.reward, np.arange(12) - 1)
 
 
-def test_a_million_transitions_load_in_seconds(tmp_path, monkeypatch):
-    """In episodes of 1,000 steps; written uncompressed, as Minari does."""
-    monkeypatch.setattr(from_d4rl, "pack", lambda path: None)
-    n, T = 1000, 1000
+def test_a_million_transitions_load_in_seconds(tmp_path):
+    """In episodes of 1,000 steps, a quarter of it here; written uncompressed, as Minari does."""
+    n, T = 250, 1000
     path = made(tmp_path / "x", [T] * n, ["timeout"] * n, obs_dim=11, act_dim=3, actions=np.zeros((n * T, 3), np.float32))
     start = time.process_time()  # not the clock on the wall: a test may share its cores
     assert len(load(path).obs) == n * T
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 3 / 4
 
 
 def test_sample_draws_whole_rows_for_each_seed(tmp_path):

@@ -196,10 +196,8 @@ def choices(folder, probability, n=1000):
     """n steps in Choice, in which actions have these probabilities."""
     rng = np.random.default_rng(0)
     obs, action = rng.uniform(-1, 1, (n, 2)).astype(np.float32), rng.choice(3, n, p=probability)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("from_d4rl.pack", lambda path: None)  # takes seconds
-        return made(folder, [1] * n, ["terminal"] * n, observations=obs, next_observations=None, actions=5 + action,
-                    rewards=(action == (obs[:, 0] > 0)) - 1.0)
+    return made(folder, [1] * n, ["terminal"] * n, observations=obs, next_observations=None, actions=5 + action,
+                rewards=(action == (obs[:, 0] > 0)) - 1.0)
 
 
 @pytest.fixture(scope="module")

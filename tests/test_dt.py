@@ -381,7 +381,6 @@ def test_resume_equals_uninterrupted_to_the_bit_with_dropout_and_sweep(hopper, t
 def test_what_is_asked_for_is_what_it_brings(tmp_path, monkeypatch):
     """Given that m uniform actions sum to R, each is R / m on average: so much does the policy that fits the data."""
     monkeypatch.setattr(dt, "export", torch.save)  # takes seconds less
-    monkeypatch.setattr("from_d4rl.pack", lambda path: None)
     rng, n = np.random.default_rng(0), 500
     action, obs = rng.uniform(-1, 1, (6 * n, 1)), rng.uniform(-1, 1, (6 * n, 2))
     uniform = made(tmp_path / "uniform-v0", [6] * n, ["timeout"] * n, obs_dim=2, observations=obs, actions=action,

@@ -113,7 +113,8 @@ def test_inline_requirements_are_requirements_txt(path):
     text = path.read_text()
     header = re.match(r"# /// script\n(.+?)# ///\n", text, flags=re.S)[1]
     assert len(header.splitlines()) == 3
-    assert sorted(re.findall(r'"([a-z].*?)"', header)) == sorted((ROOT / "requirements.txt").read_text().split())
+    needed = [name for name in (ROOT / "requirements.txt").read_text().split() if not re.match("matplotlib|pytest", name)]
+    assert sorted(re.findall(r'"([a-z].*?)"', header)) == sorted(needed)
 
 
 def test_import_has_no_side_effects(tmp_path):

@@ -1,10 +1,9 @@
-"""What filtered BC keeps, chosen by hand; and the tests that every file has to pass."""
+"""What filtered BC keeps, chosen by hand."""
 from types import SimpleNamespace
 
 import filtered_bc
 import numpy as np
 import pytest
-import test_runs
 import torch
 from conftest import made, small
 
@@ -89,24 +88,3 @@ def test_the_best_tenth_is_near_the_best_action(sliding):
         agent.update()
     found = agent.policy(torch.rand(2, 500, 2) * 2 - 1).mean(1).detach()
     torch.testing.assert_close(found, best.expand(2, 2), rtol=0, atol=0.1)
-
-
-@pytest.fixture
-def as_others(monkeypatch):
-    monkeypatch.setattr(test_runs, "OFFLINE", [*test_runs.OFFLINE, "filtered_bc"])
-
-
-@pytest.mark.parametrize("method", ["filtered_bc"])
-def test_runs_like_the_others(method, hopper, tmp_path, monkeypatch, capsys, as_others):
-    for S in 1, 3:
-        test_runs.test_a_run_trains_and_writes_its_files(method, S, hopper, tmp_path / f"files{S}", capsys)
-    test_runs.test_shapes_are_what_their_comments_say(method, hopper, tmp_path / "shapes")
-    test_runs.test_same_seed_same_run_and_agent_k_is_not_seed_k(method, hopper, tmp_path / "seeds")
-    test_runs.test_resume_equals_uninterrupted_to_the_bit(method, hopper, tmp_path / "resume", monkeypatch)
-
-
-@pytest.mark.parametrize("method", ["filtered_bc"])
-@pytest.mark.parametrize("test", [test_runs.test_nan_in_seed_0_leaves_the_others_bit_identical,
-                                  test_runs.test_seeds_together_equal_seeds_apart], ids=lambda test: test.__name__)
-def test_seeds_are_apart(method, test, monkeypatch, as_others):
-    test(method, monkeypatch)

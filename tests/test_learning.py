@@ -29,10 +29,8 @@ gym.register("Point-v0", Point, max_episode_steps=1)
 def uniform(tmp_path_factory):
     rng, n = np.random.default_rng(0), 1000
     action, obs = rng.uniform(-1, 1, (2, n, 2)).astype(np.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("from_d4rl.pack", lambda path: None)  # takes seconds
-        return made(tmp_path_factory.mktemp("point") / "uniform-v0", [1] * n, ["terminal"] * n, observations=obs,
-                    next_observations=None, actions=action, rewards=-np.square(action - BEST).sum(1))
+    return made(tmp_path_factory.mktemp("point") / "uniform-v0", [1] * n, ["terminal"] * n, observations=obs,
+                next_observations=None, actions=action, rewards=-np.square(action - BEST).sum(1))
 
 
 def learned(method, data, tmp_path, updates, **flags):
