@@ -124,7 +124,8 @@ def small(method, dataset, out, **flags):
              "ddpg": dict(env_id="Hopper-v5", num_steps=40, learning_starts=8),
              "td3": dict(env_id="Hopper-v5", num_steps=40, learning_starts=8),
              "dqn": dict(env_id="CartPole-v1", num_steps=40, learning_starts=8, epsilon_steps=16, train_freq=2),
-             "bcq": dict(num_updates=40, vae_dim=16, num_draws_acting=10)}
+             "bcq": dict(num_updates=40, vae_dim=16, num_draws_acting=10),
+             "bear": dict(num_updates=40, vae_dim=16, num_draws_acting=10)}
     steps = steps.get(method, dict(num_updates=40))
     shape = dict(batch_size=16, hidden_dim=16, eval_every=20, eval_episodes=2, device="cpu", out_dir=str(out))
     return import_module(method).Args(**{**data, **steps, **shape, **flags})

@@ -6,7 +6,7 @@ import awac
 import numpy as np
 import pytest
 import torch
-from conftest import made, small
+from conftest import small
 
 S, E, B, O, A = 3, 2, 5, 4, 6
 ARGS = SimpleNamespace(gamma=0.9, lam=0.5, adv_clip=None)
@@ -190,14 +190,16 @@ def test_only_the_weights_of_the_actor_decay(hopper):
     assert [opt.param_groups[0]["weight_decay"] for opt in (agent.actor_opt, agent.critic_opt)] == [0.1, 0]
 
 
-def test_a_bandit_in_closed_form(tmp_path):
+def test_a_bandit_in_closed_form():
     """Reward -(a - 0.5)^2 under uniform actions: the best policy is N(0.5, lambda / 2) on [-1, 1], its mean below 0.5."""
-    n, a = 2000, np.linspace(-1, 1, 2000)
-    action = np.random.default_rng(0).permutation(a).astype(np.float32)[:, None]
-    path = made(tmp_path / "uniform-v0", [1] * n, ["terminal"] * n, actions=action, act_dim=1,
-                observations=np.zeros((n, 3), np.float32), next_observations=None, rewards=-np.square(action[:, 0] - 0.5))
-    lam, flags = 0.5, dict(batch_size=128, hidden_dim=32, actor_lr=1e-2, critic_lr=1e-2, weight_decay=0)
-    agent = agent_of(path, lam=lam, **flags)
+    n, lam, a = 2000, 0.5, np.linspace(-1, 1, 2000)
+    action, zeros = torch.tensor(a).float().unsqueeze(-1), torch.zeros(n, 1)
+    data = SimpleNamespace(obs=zeros, next_obs=zeros, action=action, reward=-(action[:, 0] - 0.5).square(),
+                           terminated=torch.ones(n), episode=torch.arange(n))
+    args = awac.Args(num_seeds=S, lam=lam, batch_size=128, hidden_dim=32, actor_lr=1e-2, critic_lr=1e-2, weight_decay=0,
+                     device="cpu")
+    torch.manual_seed(0)
+    agent = awac.Agent(args, 1, 1, data)
     agent.actor.raw_std.data.fill_(1.0)
     for i in range(250):
         if i == 150:
