@@ -1,4 +1,4 @@
-"""The lessons of the methods, drawn from logged runs.
+"""The lessons of the methods, drawn from logged runs, or computed on the spot where a table is enough.
 
     python benchmark_results/lessons.py sac_offline           # draws from the logs that are there, runs what is missing
     python benchmark_results/lessons.py sac_offline --fresh   # runs everything again
@@ -6,7 +6,7 @@
 
 A lesson is a set of commands of the method files and a drawing of what they log. Their directories grow in
 runs/lessons/, where an interrupted one is taken up again; the small files go to benchmark_results/lessons/NAME/, plot
-and text beside.
+and text beside. Those of lessons_tabular.py have no commands.
 """
 import argparse
 import csv
@@ -27,6 +27,7 @@ import matplotlib
 import minari
 import numpy as np
 import torch
+from lessons_tabular import correction_draw, cql_bound_draw, expectile_draw, stitching_draw
 from run import about
 
 matplotlib.use("Agg")
@@ -622,6 +623,11 @@ def dagger_draw(runs):
 NAMES = sorted(name[:-5] for name in globals() if name.endswith("_draw"))
 
 
+def commands_of(name):
+    """The commands of a lesson by their labels; none where it is computed."""
+    return globals().get(f"{name}_runs", lambda data: {})(WORK / "data")
+
+
 def run(name, label, command, fresh):
     """Runs one command, or takes it up where it stopped; keeps its small files; returns their directory."""
     folder = re.sub(r"[^\w.-]+", "-", label)
@@ -657,7 +663,8 @@ def write_page():
     """README.md beside the plots: each with its sentence."""
     parts = ["# Lessons", "What each method is there to show, from the committed logs of real runs. "
              "`python benchmark_results/lessons.py NAME` draws a plot anew, with `--fresh` after running its commands "
-             "again, which `--list` prints."]
+             "again, which `--list` prints. `correction`, `cql_bound`, `expectile` and `stitching` have no commands: "
+             "lessons_tabular.py computes them each time, in seconds."]
     for name in NAMES:
         if (LESSONS / name / "message.txt").exists():
             parts += [f"## {name}", f"![{name}]({name}.png)", (LESSONS / name / "message.txt").read_text().strip()]
@@ -673,12 +680,14 @@ def main():
     if unknown := set(args.names) - set(NAMES):
         parser.error(f"no lesson {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     for name in args.names or NAMES * args.list or parser.error("name a lesson, or --list"):
-        commands = globals()[f"{name}_runs"](WORK / "data")
+        commands = commands_of(name)
         if args.list:
-            print(*(f"{name}: {label}: python algorithms/{command}" for label, command in commands.items()), sep="\n")
+            lines = [f"{name}: {label}: python algorithms/{command}" for label, command in commands.items()]
+            print(*lines or [f"{name}: computed in lessons_tabular.py"], sep="\n")
             continue
         figure, message = globals()[f"{name}_draw"](
             {label: run(name, label, command, args.fresh) for label, command in commands.items()})
+        (LESSONS / name).mkdir(parents=True, exist_ok=True)
         figure.savefig(LESSONS / f"{name}.png", bbox_inches="tight")
         (LESSONS / name / "message.txt").write_text(message[0].upper() + message[1:].rstrip(".") + ".\n")
         print(f"{name}: {message}; {LESSONS / name}.png")
