@@ -354,7 +354,7 @@ def cql_bound_numbers():
                      for alpha in CQL_ALPHAS])  # (alphas, S, n, A)
     error = (Q - true).where(batch.mask, torch.nan)
     start = ((Q - true) * pi)[:, :, 0].sum(-1)  # (alphas, S): V(s0) less the truth
-    need = (start[0] / (start[0] - start[-1]) * CQL_ALPHAS[-1]).clamp(min=0)  # alpha at which it comes to 0: it is linear
+    need = (start[0] / (start[0] - start[-1]) * CQL_ALPHAS[-1]).clamp(min=0)  # alpha where it, being linear, is 0
     return SimpleNamespace(error=error.numpy(), start=start.numpy(), need=need.numpy(), pi=pi.numpy(),
                            mask=batch.mask.numpy(), true=(true * pi)[:, 0].sum(-1).numpy())
 

@@ -6,12 +6,16 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("lessons", ROOT / "benchmark_results" / "lessons.py")
 lessons = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(lessons)
+import lessons_tabular as tabular
+
 DRAWN = [name for name in lessons.NAMES if (ROOT / "benchmark_results" / "lessons" / name).is_dir()]
 COMMAND = "bc.py --dataset-id hopper/medium-v0 --num-updates 40 --eval-every 20 --eval-episodes 1 --device cpu"
 
@@ -46,7 +50,7 @@ def test_every_lesson_draws_from_its_committed_logs(name, places, monkeypatch):
     lessons.main()
     assert (places / "lessons" / f"{name}.png").stat().st_size > 10_000
     assert (ROOT / "benchmark_results" / "lessons" / f"{name}.png").exists()
-    for label, command in getattr(lessons, f"{name}_runs")(places / "data").items():
+    for label, command in lessons.commands_of(name).items():
         folder = places / "lessons" / name / re.sub(r"[^\w.-]+", "-", label)
         about, flags = json.loads((folder / "run.json").read_text()), json.loads((folder / "args.json").read_text())
         assert about["method"] == command.split(".py")[0] and about["commit"]
@@ -87,3 +91,81 @@ def test_a_wrong_name_is_told_what_there_is(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         lessons.main()
     assert stop.value.code == 2 and "no lesson nothing; there are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["correction", "cql_bound", "expectile", "stitching"])
+def test_a_computed_lesson_has_no_commands_and_says_what_it_computes(name, places, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lessons.py", "--list", name])
+    lessons.main()
+    assert capsys.readouterr().out == f"{name}: computed in lessons_tabular.py\n"
+    monkeypatch.setattr(sys, "argv", ["lessons.py", name])
+    lessons.main()
+    kept = ROOT / "benchmark_results" / "lessons" / name / "message.txt"
+    assert (places / "lessons" / name / "message.txt").read_text() == kept.read_text()
+
+
+def test_expectiles_go_from_the_mean_to_the_largest_value_of_the_data():
+    found, tried = tabular.expectile_numbers(), np.array(tabular.BANDIT_TRIED)
+    taus, best = tabular.BANDIT_TAUS, max(q for q, p in zip(tabular.BANDIT_Q, tried) if p)
+    for tau, m in zip(taus, found.known):  # both sides of the first-order condition
+        apart = np.array(tabular.BANDIT_Q) - m
+        assert np.isclose(tau * (tried @ apart.clip(0)), (1 - tau) * (tried @ (-apart).clip(0)))
+    assert np.abs(found.V.mean(0) - found.known).max() < 0.15 and (np.diff(found.V) > 0).all()
+    assert np.isclose(found.known[taus.index(0.5)], tried @ tabular.BANDIT_Q)
+    assert abs(found.known[-1] - best) < 0.4 and abs(found.V[:, -1] - best).max() < 0.7  # far from the untried 9
+    assert np.abs(found.fitted - found.exact).max() < 0.15
+    low, high = tabular.cloud_edges(found.grid)
+    assert (found.exact[-1] - low > 0.9 * (high - low)).all() and (found.exact[-1] < high).all()
+    assert np.allclose(found.exact[tabular.CLOUD_TAUS.index(0.5)], (low + high) / 2)
+
+
+def test_on_the_graph_only_iql_with_a_large_tau_passes_the_exit():
+    full, without = tabular.stitching_numbers()
+    for found, short in (full, 3), (without, 0):
+        for k, tau in enumerate(tabular.STITCH_TAUS):
+            assert np.allclose(found.Q[k, 3, [7, 4]], [7, 1], atol=1e-4)  # three more steps to 10, to 4
+            v = tabular.expectile((7, 1), np.array((0.2, 0.8)), tau)
+            assert np.isclose(found.V[k, 3], v, atol=1e-4) and np.isclose(found.Q[k, 1, 2], v - 2, atol=1e-4)
+            odds = 0.2 * found.weight[k, 3, 7] / (0.8 * found.weight[k, 3, 4])
+            assert np.isclose(found.pi[k, 3, 7], odds / (1 + odds), atol=1e-3)
+            on, off = 4 * found.weight[k, 1, 2], short * found.weight[k, 1, 5]
+            assert np.isclose(found.reach[str(tau)], on / (on + off) * found.pi[k, 3, 7], atol=1e-3)
+    assert np.isclose(full.reach["cloning"], 4 / 7 / 5) and np.isclose(without.reach["cloning"], 1 / 5)
+    assert full.reach["0.9"] > 0.95 and all(chance < 0.15 for name, chance in full.reach.items() if name != "0.9")
+    assert all(without.reach[name] > 0.99 for name in ("conditioned", "0.5", "0.7", "0.9"))
+    assert not any(tabular.arrives(full.policies["conditioned"], asked) for asked in np.arange(-4, 12, 0.3))
+    assert not any(episode[0] == 1 and episode[-1] == tabular.GOAL for episode in tabular.EPISODES)
+
+
+def test_cql_bounds_the_value_of_the_policy_and_not_every_q():
+    found = tabular.cql_bound_numbers()
+    assert (found.start[0] > 0).sum() > 35 and found.start[0].mean() > 0.5  # plain evaluation
+    beyond = tabular.CQL_ALPHAS > found.need.max()
+    assert beyond.sum() > 10 and (found.start[beyond] < 0).all() and (found.start[~beyond] > 0).any(1).all()
+    assert (found.error > 1e-9).any((2, 3)).all()  # at every alpha somewhere in each batch
+    change = found.start[-1] - found.start[0]
+    assert (change < 0).all() and np.allclose(found.start, found.start[0] + tabular.CQL_ALPHAS[:, None] / 2 * change)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.3, 1])
+def test_q_of_the_bound_is_the_minimum_of_cqls_objective(alpha):
+    """alpha (E_pi Q - E_beta Q) + 1/2 (Q - B Q)^2 over the transitions of each batch has no slope there."""
+    found, (_, table, batch) = tabular.cql_bound_numbers(), tabular.lattice(30, 50, 0.2)
+    pi, at = torch.tensor(found.pi), int(np.argmin(abs(tabular.CQL_ALPHAS - alpha)))
+    true = tabular.evaluated(table.prob, (table.prob * table.reward).sum(-1), pi, table.horizon)
+    Q = (true + torch.tensor(found.error[at])).where(batch.mask, 0).requires_grad_()
+    y = table.reward + (pi * Q.detach()).sum(-1)[:, None, None]  # (S, n, A, n)
+    pairs = batch.count.sum(-1)  # (S, n, A)
+    penalty = pairs.sum(-1) * (pi * Q).sum(-1) - (pairs * Q).sum(-1)
+    loss = alpha * penalty.sum() + 0.5 * (batch.count * (Q.unsqueeze(-1) - y).square()).sum()
+    slope, = torch.autograd.grad(loss, Q)
+    assert slope[batch.mask].abs().max() < 1e-9
+
+
+def test_new_data_correct_the_policy_and_old_ones_do_not():
+    found = tabular.correction_numbers()
+    offline, online = found.promised - found.earned
+    assert np.allclose(offline[0], online[0]) and abs(online[-1]).max() < 0.01
+    assert (offline[-1] > 0.01).sum() > 25 and offline[-1].mean() > 2
+    assert np.allclose(offline[-1], offline[-10], atol=0.02)  # and so it stays
+    assert found.earned[1, -1].mean() > found.earned[0, -1].mean() + 1
