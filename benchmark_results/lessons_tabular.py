@@ -173,7 +173,7 @@ def expectile_draw(runs):
     right.annotate("V at τ = 0.99", (x[-1], found.known[-1]), (x[-1] - 0.6, 7.3), color="C0", ha="right",
                    arrowprops={"arrowstyle": "->", "color": "C0"})
     right.set(xlabel="τ (not to scale)", ylabel="value of an action", ylim=(-0.6, 9.6),
-              title="One state: V rises to the best action tried")
+              title="One state: V rises towards the best action tried")
     right.set_xticks(x, BANDIT_TAUS)
     right.grid(False)
     finish(figure, "As τ grows IQL's V climbs from the mean towards the maximum, over the actions of the data only",
