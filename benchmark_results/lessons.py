@@ -6,7 +6,7 @@
 
 A lesson is a set of commands of the method files and a drawing of what they log. Their directories grow in
 runs/lessons/, where an interrupted one is taken up again; the small files go to benchmark_results/lessons/NAME/, plot
-and text beside. Those of lessons_tabular.py have no commands.
+and text beside. Some of lessons_*.py have no commands.
 """
 import argparse
 import csv
@@ -28,6 +28,7 @@ import minari
 import numpy as np
 import torch
 from lessons_tabular import correction_draw, cql_bound_draw, expectile_draw, stitching_draw
+from lessons_weights import awr_draw, envelope_draw, envelope_log, envelope_runs
 from run import about
 
 matplotlib.use("Agg")
@@ -663,8 +664,7 @@ def write_page():
     """README.md beside the plots: each with its sentence."""
     parts = ["# Lessons", "What each method is there to show, from the committed logs of real runs. "
              "`python benchmark_results/lessons.py NAME` draws a plot anew, with `--fresh` after running its commands "
-             "again, which `--list` prints. `correction`, `cql_bound`, `expectile` and `stitching` have no commands: "
-             "lessons_tabular.py computes them each time, in seconds."]
+             "again, which `--list` prints. Some have no commands: lessons_*.py compute them each time, in seconds."]
     for name in NAMES:
         if (LESSONS / name / "message.txt").exists():
             parts += [f"## {name}", f"![{name}]({name}.png)", (LESSONS / name / "message.txt").read_text().strip()]
@@ -683,7 +683,7 @@ def main():
         commands = commands_of(name)
         if args.list:
             lines = [f"{name}: {label}: python algorithms/{command}" for label, command in commands.items()]
-            print(*lines or [f"{name}: computed in lessons_tabular.py"], sep="\n")
+            print(*lines or [f"{name}: computed in {globals()[f'{name}_draw'].__module__}.py"], sep="\n")
             continue
         figure, message = globals()[f"{name}_draw"](
             {label: run(name, label, command, args.fresh) for label, command in commands.items()})
