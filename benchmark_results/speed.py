@@ -44,6 +44,7 @@ from run import processor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OUT = ROOT / "benchmark_results" / "speed"
+TABLES = {"bcq_tabular", "bear_gridworld", "ope"}  # whose updates are sweeps
 PARTS = "updates", "loading", "evaluation", "start"
 KEEPS = os.environ.get("MALLOC_MMAP_MAX_") == "0"  # glibc keeps what is freed, see run.py
 PRODUCTS = "mm", "bmm", "addmm", "baddbmm"
@@ -380,7 +381,7 @@ def report(place=OUT):
 
 
 def main(words=None):
-    methods = sorted({path.stem for path in (ROOT / "algorithms").glob("*.py")} - {"bcq_tabular"})  # sweeps of a table
+    methods = sorted({path.stem for path in (ROOT / "algorithms").glob("*.py")} - TABLES)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=methods, choices=methods, help="files in algorithms/")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 1 2 4 8 16, with CUDA also 32 and 64")
