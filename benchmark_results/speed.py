@@ -73,7 +73,7 @@ def make(method, S, device):
     flags = {"num_seeds": S, "device": device, "eval_episodes": 0}
     if hasattr(module, "load"):
         flags["dataset_id"] = "lunarlander/mixed-v0" if discrete else "hopper/medium-v0"
-    if method == "mopo":
+    if method in ("mopo", "combo"):
         flags.update(env_id="Hopper-v5", rollout_batch=400)  # 10,000 imagined steps
     if method == "fqe":
         flags["policy"] = str(ROOT / "datasets" / "hopper" / "medium.pt2")
