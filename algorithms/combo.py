@@ -9,15 +9,13 @@ Yu, Kumar, Rafailov, Rajeswaran, Levine & Finn, NeurIPS 2021. https://arxiv.org/
 E networks N(mu_i, sigma_i^2) over x = [r, s' - s] are fitted; those with the least hold-out error are the elites:
     L_M     = sum_i E[ (mu_i - x)^2 / sigma_i^2 + log sigma_i^2 ] + c |w|^2 / 2 + 0.01 sum log(sigma_max^2/sigma_min^2)
 
-Then SAC learns from the data, D, and from rollouts of h steps, which begin in D and draw an elite at each step:
+Then SAC learns from batches of which a share f is data, D, the rest from rollouts of h steps, an elite at each step:
 
     y       = r + gamma (1 - d) min_j Q'_j(s', a'),   a' ~ pi(s')
     L_Q     = sum_j E[ (Q_j(s, a) - y)^2 ] + beta gap_j                                                (4)
     gap_j   = E[ log sum_b exp Q_j(s, b) ] - E_D[ Q_j(s, a) ],   as CQL (4), b of uniform, pi(s) and pi(s')
     L_pi    = E[ alpha log pi(a|s) - min_j Q_j(s, a) ],   a ~ pi(s)                                    (5)
     L_alpha = E[ -alpha (log pi(a|s) + H) ],   H = -dim(A)
-
-E is over batches of which a share f is of D and the rest of rollouts, E_D over the former alone.
 
     python algorithms/combo.py --num-seeds 2 --num-updates 10000 --eval-every 1000 --model-epochs 30
 
