@@ -85,8 +85,12 @@ def make(method, S, device):
             module.prepare(data, args)
         else:
             task = module.make_task(args)
-            data = module.Replay(S, 10_000, *(task.obs_dim, task.act_dim)[: 2 - discrete])
-            data.size += 10_000
+            own = method == "hg_dagger"  # a replay for each agent
+            replays = [module.Replay(1 if own else S, 10_000, *(task.obs_dim, task.act_dim)[: 2 - discrete])
+                       for _ in range(S if own else 1)]
+            for data in replays:
+                data.size += 10_000
+            data = replays if own else data
         return module, module.Agent(args, task.obs_dim, task.act_dim, data)
 
 
