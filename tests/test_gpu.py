@@ -8,25 +8,28 @@ from conftest import ALL, DISCRETE, OFFLINE, checkpoint, resume, small, stop_at
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = {"mopo": dict(batch_size=40, rollout_batch=20, model_epochs=2, model_hidden_dim=16)}
+TABLES = "bcq_tabular", "bear_gridworld", "ope"
+MODEL = dict(rollout_batch=20, model_epochs=2, model_hidden_dim=16)
+FLAGS = {"mopo": dict(batch_size=40, **MODEL), "combo": MODEL, "bail": dict(envelope_epochs=2),
+         "awr": dict(value_steps=5, turn_steps=20), "marwil": dict(turn_steps=20), "brac": dict(clone_updates=20),
+         "fisher_brc": dict(clone_updates=20), "fqe": dict(policy=str(ROOT / "datasets" / "hopper" / "medium.pt2"))}
 
 
 def args_of(method, hopper, out, device):
     """Args of a run of 40 updates of 3 agents on a device."""
     args = dict(device=device, num_seeds=3)
-    if method not in ("dagger", "hg_dagger", "bcq_tabular"):
-        return small(method, hopper, out, **args, **FLAGS.get(method, {}))
-    args.update(num_updates=40, eval_every=20, out_dir=str(out))
     if method.endswith("dagger"):
-        args.update(expert=str(ROOT / "datasets/hopper/expert.pt2"), rounds=2, steps_per_round=60, batch_size=16,
+        args.update(expert=str(ROOT / "datasets" / "hopper" / "expert.pt2"), rounds=2, steps_per_round=60, batch_size=16,
                     hidden_dim=16, eval_episodes=1)
-    return import_module(method).Args(**args)
+    elif method not in TABLES:
+        return small(method, hopper, out, **args, **FLAGS.get(method, {}))
+    return import_module(method).Args(**args, num_updates=40, eval_every=20, out_dir=str(out))
 
 
 @pytest.mark.parametrize("method", ALL)
 def test_a_run_on_cuda(method, hopper, tmp_path):
     folder = import_module(method).main(args_of(method, hopper, tmp_path, "cuda"))
-    assert checkpoint(folder)["update"] == 40 and (folder / "policy.pt2").exists()
+    assert checkpoint(folder)["update"] >= 40 and (folder / "policy.pt2").exists()  # fqe ends its iteration
 
 
 @pytest.mark.parametrize("method", [*OFFLINE, *DISCRETE])
