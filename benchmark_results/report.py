@@ -40,15 +40,16 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {  # in the order of rows; other labels follow as they are
-    "bc": "BC", "bc_gaussian": "Gaussian BC", "bc_categorical": "Categorical BC", "bc_gmm": "GMM BC", "bc_vae": "VAE BC",
-    "bc_diffusion": "Diffusion BC", "filtered_bc": "Filtered BC, 10 %", "bail": "BAIL", "rvs": "RvS", "dt": "DT",
-    "sac_offline": "SAC offline", "ddpg_offline": "DDPG offline", "bcq": "BCQ", "bear": "BEAR", "brac": "BRAC",
-    "td3_bc": "TD3+BC", "cql": "CQL", "fisher_brc": "Fisher-BRC", "algaedice": "AlgaeDICE", "iql": "IQL",
-    "onestep": "One-step", "awr": "AWR", "marwil": "MARWIL", "awac": "AWAC", "mopo": "MOPO",
-    "mopo_h100": "MOPO, h = 100", "combo": "COMBO", "dqn_offline": "DQN offline", "bcq_discrete": "BCQ (discrete)",
-    "cql_discrete": "CQL (discrete)", "bcq_tabular": "BCQ (tabular)", "bear_gridworld": "BEAR (tabular)",
-    "dagger": "DAgger", "hg_dagger": "HG-DAgger", "pilotnet": "PilotNet", "trailnet": "TrailNet", "ddpg": "DDPG",
-    "td3": "TD3", "sac": "SAC", "dqn": "DQN", "fqe": "FQE (the policy it judges)", "ope": "OPE (the policy it judges)"}
+    "bc": "BC", "bc_gaussian": "Gaussian BC", "bc_categorical": "Categorical BC", "bc_gmm": "GMM BC",
+    "bc_vae": "VAE BC", "bc_diffusion": "Diffusion BC", "filtered_bc": "Filtered BC, 10 %", "bail": "BAIL",
+    "rvs": "RvS", "dt": "DT", "sac_offline": "SAC offline", "ddpg_offline": "DDPG offline", "bcq": "BCQ",
+    "bear": "BEAR", "brac": "BRAC", "td3_bc": "TD3+BC", "cql": "CQL", "fisher_brc": "Fisher-BRC",
+    "algaedice": "AlgaeDICE", "iql": "IQL", "onestep": "One-step", "awr": "AWR", "marwil": "MARWIL", "awac": "AWAC",
+    "mopo": "MOPO", "mopo_h100": "MOPO, h = 100", "combo": "COMBO", "dqn_offline": "DQN offline",
+    "bcq_discrete": "BCQ (discrete)", "cql_discrete": "CQL (discrete)", "bcq_tabular": "BCQ (tabular)",
+    "bear_gridworld": "BEAR (tabular)", "dagger": "DAgger", "hg_dagger": "HG-DAgger", "pilotnet": "PilotNet",
+    "trailnet": "TrailNet", "ddpg": "DDPG", "td3": "TD3", "sac": "SAC", "dqn": "DQN",
+    "fqe": "FQE (the policy it judges)", "ope": "OPE (the policy it judges)"}
 JUDGES = "fqe", "ope"  # the score in their cells is another's: in no table of methods
 LINES = {  # of curves.png: five a panel at most; the other curves stand on their dataset's page in REPORT.md
     "hopper/medium-v0": ("bc", "td3_bc", "iql", "cql", "sac_offline"),
@@ -156,7 +157,7 @@ class Cell:
         self.about["wall_seconds"] = float(self.about["wall_seconds"])
         self.final, self.curve = self.values[-1][np.isfinite(self.values[-1])], np.nanmean(self.values, 1)
         self.range = np.fmin.reduce(self.values, 1), np.fmax.reduce(self.values, 1)
-        self.exact = self.about["method"] == "bcq_tabular"  # expectations
+        self.exact = self.about["method"] in ("bcq_tabular", "bear_gridworld")  # expectations
         self.whole = self.size >= self.planned and len(self.final) == self.seeds
         self.label, self.budget = folder.name, f"{self.size:,} {unit}"
         self.row = f"{named(self.label)}, {self.budget}, {self.seeds} seed{'s' * (self.seeds > 1)}"
@@ -165,7 +166,8 @@ class Cell:
     def text(self, x, width=None):
         """One decimal of a score, three digits of a return."""
         places = 1 if self.scored else int(max(0, 2 - np.floor(np.log10(max(abs(self.mean), 1e-3)))))
-        return f"{x:.{places}f}" + (f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{width:.{places}f}" if width is not None else "")
+        numbers = [x] if width is None else [x, width]
+        return "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}".join(f"{number:.{places}f}" for number in numbers)
 
     def score(self):
         """Mean ± standard deviation over seeds, with n - 1."""
@@ -279,67 +281,61 @@ def remarks(cells, data, notes):
     return found
 
 
-def mean_of_data(inside, data):
-    """Of the dataset of some cells, as text; None without."""
-    cell = inside[0]
+def mean_of_data(cell, data):
     mean = data[cell.dataset][cell.scored]
     return "return " * (not cell.scored) + cell.text(mean) if np.isfinite(mean) else None
 
 
 def equal_budgets(cells, data):
     """Tables of equal budgets as text, the cells of other budgets, and those that are alone on their task."""
-    sizes, own, texts, others, alone = {}, {}, [], [], []
+    sizes, own, texts, others, alone, position = {}, {}, [], [], [], [*data].index
     for cell in cells:
         sizes.setdefault((cell.dataset, cell.unit), Counter())[cell.size] += 1
-    for cell in sorted(cells, key=lambda cell: cell.order):
+    for cell in sorted(cells, key=lambda cell: (cell.order, position(cell.dataset))):
         count = sizes[cell.dataset, cell.unit]
         if count[cell.size] >= FEW or cell.size == max(count, key=lambda size: (count[size], size)):
-            own.setdefault(cell.budget, {}).setdefault(cell.label, {})[cell.dataset] = cell
+            own.setdefault((cell.size, cell.budget), {}).setdefault(cell.label, {})[cell.dataset] = cell
         else:
             others.append(cell)
-    tasks = {(budget, tuple(dataset for dataset in data if dataset in found))
-             for budget, methods in own.items() for found in methods.values()}
-    position = [*data].index
-    for budget, key in sorted(tasks, key=lambda task: (-len(task[1]), [*map(position, task[1])], len(task[0]), task[0])):
-        members = {label: [found[x] for x in key] for label, found in own[budget].items() if found.keys() >= set(key)}
-        inside = [cell for found in members.values() for cell in found]
+    keys = {(tuple(sorted(found, key=position)), budget)
+            for budget, methods in own.items() for found in methods.values()}
+    for key, budget in sorted(keys, key=lambda x: (-len(x[0]), [*map(position, x[0])], -x[1][0])):
+        members = [[found[x] for x in key] for found in own[budget].values() if found.keys() >= set(key)]
+        inside = sum(members, [])
         if len(members) == 1:
             alone += inside
             continue
-        columns = [[head, *(cell.score() for cell in found)] for head, found in zip(map(named, members), members.values())]
-        means = [mean_of_data(pair, data) for pair in zip(*members.values())]
-        if None not in means:
-            columns.insert(0, ["mean of the data", *means])
-        lines = [["", *(f"`{dataset}`" for dataset in key)], *columns]
+        lines = [["", *(f"`{dataset}`" for dataset in key)]]
+        means = ["mean of the data", *(mean_of_data(cell, data) for cell in members[0])]
+        lines += [means] * (None not in means)
+        lines += [[named(found[0].label), *(cell.score() for cell in found)] for found in members]
         if len(members) <= WIDE:
             lines = [*zip(*lines)]
-        seeds = " or ".join(map(str, sorted({cell.seeds for cell in inside})))
         where = f"{len(key)} datasets" if len(key) > 1 else f"{len(members)} methods"
-        texts += [f"**{where}, {budget}, {seeds} seeds**", table(lines[0], lines[1:])]
+        seeds = " or ".join(map(str, sorted({cell.seeds for cell in inside})))
+        texts += [f"**{where}, {budget[1]}, {seeds} seeds**", table(lines[0], lines[1:])]
     return texts, others, alone
 
 
 def outside(cells):
     """Of public implementations on the same files: the end beside ours, every evaluation, where they come from."""
-    path, brief, full, origins = ROOT / "benchmark_results" / "outside.toml", [], [], []
+    path, ends, full, origins = ROOT / "benchmark_results" / "outside.toml", [], [], []
     known = {cell.key: cell for cell in cells}
     for source in load(path, tomllib.loads, "source")["source"] if path.exists() else []:
-        low, high = source.get("reference", (0, 100))  # of returns
+        name, updates, (low, high) = source["name"], source["updates"], source.get("reference", (0, 100))  # of returns
         for key, theirs in source["runs"].items():
             theirs, cell = 100 * (np.array(theirs, float) - low) / (high - low), known.get(key)
-            if cell is None or cell.size != source["updates"][-1]:
+            if cell is None or cell.size != updates[-1]:
                 continue
-            place, ends = [f"`{cell.dataset}`", named(cell.label)], theirs[:, -1]
-            brief.append([*place, cell.score(), f"{', '.join(map(cell.text, ends))} ({source['name']})",
-                          f"{cell.mean - ends.mean():+.1f}"])
-            ours = cell.curve[np.isin(cell.updates, source["updates"])]
-            for by, runs in (source["name"], theirs), (f"here, mean of {cell.seeds} seeds", [ours]):
-                full += [[*place, by, ", ".join(map(cell.text, run))] for run in runs]
+            place, last = [f"`{cell.dataset}`", named(cell.label)], theirs[:, -1]
+            ends.append([*place, cell.score(), f"{', '.join(map(cell.text, last))} ({name})",
+                         f"{cell.mean - last.mean():+.1f}"])
+            ours, span = cell.curve[np.isin(cell.updates, updates)], f"{updates[0]:,} to {updates[-1]:,}"
+            for by, runs in (name, theirs), (f"here, mean of {cell.seeds} seeds", [ours]):
+                full += [[*place, by, span, ", ".join(map(cell.text, run))] for run in runs]
         command = f"`{source['command']}`" if source["command"] else "command line not kept"
-        steps = ", ".join(f"{update:,}" for update in source["updates"])
-        origins.append(f"{source['name']}: {source['url']}, {source['version']}, {command}. {source['about']} "
-                       f"Evaluated at {steps} updates.")
-    return brief, full, origins
+        origins.append(f"{name}: {source['url']}, {source['version']}, {command}. {source['about']}")
+    return ends, full, fill(" ".join(origins))
 
 
 def hours(cells):
@@ -348,7 +344,8 @@ def hours(cells):
     for cell in cells:
         if cell.label == cell.about["method"] and not cell.exact:
             rates[cell.label] = cell.seeds * cell.size / cell.about["wall_seconds"], ", from a cell's wall time"
-    for method, rate in re.findall(r"^\| \[`(\w+)\.py`\].*\| ([\d.]+), [\d.]+ \|$", (ROOT / "README.md").read_text(), re.M):
+    measured = r"^\| \[`(\w+)\.py`\].*\| ([\d.]+), [\d.]+ \|$"
+    for method, rate in re.findall(measured, (ROOT / "README.md").read_text(), re.M):
         rates[method] = float(rate), ""
     order = [*NAMES].index
     for method in sorted(rates, key=lambda x: (order(x) if x in NAMES else len(NAMES), x)):
@@ -375,26 +372,26 @@ def brief(cells, data, notes):
             ["", "method", "budget", "seeds", "score"],
             [[f"`{cell.dataset}`", named(cell.label), cell.budget, str(cell.seeds), cell.score()] for cell in others])]
     if alone:
-        parts.append(fill("Alone on a task: " + "; ".join(
-            f"{cell.row}, on `{cell.dataset}` {cell.score()}" + " (exact expectations)" * cell.exact for cell in alone) + "."))
+        said = [f"{cell.row}, on `{cell.dataset}` {cell.score()}" + " (exact)" * cell.exact for cell in alone]
+        parts.append(fill(f"Alone on a task: {'; '.join(said)}."))
     if notes:
         parts.append(fill(" ".join(notes.values())))
     ends, _, origins = outside(cells)
     if ends:
-        parts += [fill("**Public implementations** on the same files, unmodified, at the budgets of the tables; difference "
-                       "is our mean less theirs"),
-                  table(["", "method", "here", "there, each run", "difference"], ends), fill(" ".join(origins))]
+        parts += ["**Public implementations**, unmodified, on the same files and budgets; difference = ours - theirs",
+                  table(["", "method", "here", "there, each run", "difference"], ends), origins]
     if times := hours(cells):
-        parts += [fill("**Hours of a default run**, one seed on one core: computed, not run. They are the default budget over "
-                       "the updates per second in the table of methods below, so without evaluations, steps of an "
-                       "environment, or MOPO's model. Where no rate has been measured, it is the wall time of a cell, "
-                       "scaled to the default budget and divided by its seeds: that has its evaluations in it and other "
-                       "runs beside it, so it is too long."), table(["default run", "hours"], times)]
+        parts += [fill(
+            "**Hours of a default run**, one seed on one core: computed, not run. They are the default budget over the "
+            "updates per second in the table of methods below, so without evaluations, steps of environments or MOPO's "
+            "model. Where no rate has been measured, it is the wall time of a cell, scaled to the default budget and "
+            "divided by its seeds: evaluations and other runs beside it make that rather too long."),
+            table(["default run", "hours"], times)]
     return parts + [fill(
         "[REPORT.md](benchmark_results/REPORT.md) has each run, every curve, what is to be read with care, the best of "
         "training, and the commit, hardware, versions and wall time of every cell. `python benchmark_results/report.py "
-        "--html` puts all of it and the lessons into one file, report.html, where a click on a legend switches a line on "
-        "or off (`pip install \"altair[save]\" markdown-it-py`).")]
+        "--html` puts all of it and the lessons into one file, report.html, where a click on a legend switches a line "
+        "on or off (`pip install \"altair[save]\" markdown-it-py`).")]
 
 
 def pages(cells, data, why):
@@ -404,11 +401,12 @@ def pages(cells, data, why):
         inside = [cell for cell in cells if cell.dataset == dataset]
         cared = [cell for cell in inside if cell.key in why]
         mark = {cell.key: f" <sup>{i}</sup>" for i, cell in enumerate(cared, 1)}
+        head = "", "budget", "seeds", "mean ± deviation", f"runs; from {ENOUGH} on their mean's interval"
         rows = [[named(cell.label) + mark.get(cell.key, ""), cell.budget, str(cell.seeds), cell.score(), cell.runs()]
                 for cell in inside]
-        mean = mean_of_data(inside, data)
+        mean = mean_of_data(inside[0], data)
         parts += [f"## {dataset}", *[f"Mean of the data: {mean}."] * bool(mean),
-                  table(["", "budget", "seeds", "mean ± deviation", f"each run, from {ENOUGH} on the mean's interval"], rows)]
+                  table(head, rows)]
         if not all(cell.exact for cell in inside):
             parts.append(f"![Learning curves on {dataset}: mean and range of the seeds](plots/{slug(dataset)}.png)")
         parts += ["\n".join(f"{i}. {named(cell.label)}, {cell.budget}: {why[cell.key]}"
@@ -424,8 +422,8 @@ def aggregates(found):
         "Interquartile mean of the normalised scores of all runs, and the probability that a run of the row's method "
         "beats one of the column's on the same dataset (ties half, mean over datasets), with 95 % intervals of a "
         f"bootstrap that draws seeds within each dataset ({RESAMPLES:,} resamples; Agarwal et al. 2021). With few "
-        "seeds these are too narrow, since they cannot leave the range of the seeds; one without width says only that no "
-        "seeds overlap. Each table holds the methods with these budgets on these datasets, and no others.")]
+        "seeds these are too narrow, since they cannot leave the range of the seeds; one without width says only that "
+        "no seeds overlap. Each table holds the methods with these budgets on these datasets, and no others.")]
     for key, runs in found.items():
         rows = []
         for x in runs:
@@ -475,14 +473,15 @@ def texts(cells, data):
         fail(f"{readme} needs one line {BEGIN} and, after it, one line {END}")
     _, full, origins = outside(cells)
     report = ["# Results, run by run", fill(
-        "`python benchmark_results/report.py` wrote this page from the raw files beside it. Scores are those of the last "
-        "evaluation, ± is the standard deviation over seeds, small numbers lead to what is to be read with care. In the "
-        "plots a line is the mean over seeds, its band reaches from the lowest to the highest, the dotted line is the mean "
-        "of the data. Only rows of equal budgets are to be compared."),
+        "`python benchmark_results/report.py` wrote this page from the raw files beside it. Scores are of the last "
+        "evaluation, ± is the standard deviation over seeds, small numbers lead to what is to be read with care. In "
+        "the plots a line is the mean over seeds, its band reaches from the lowest to the highest, the dotted line is the "
+        "mean of the data. Only rows of equal budgets are to be compared."),
         *pages(cells, data, remarks(cells, data, notes)), "## Best of training", *best(cells), "## Aggregates",
         aggregates(groups([cell for cell in cells if cell.about["method"] not in JUDGES]))]
     if full:
-        report += ["## Public implementations", table(["", "method", "by", "evaluations"], full), fill(" ".join(origins))]
+        head = "", "method", "by", "updates", "evaluations"
+        report += ["## Public implementations", table(head, full), origins]
     report += ["## Where each cell comes from", provenance(cells)]
     part = [BEGIN, *brief(cells, data, short), END]
     return {path.with_name("REPORT.md"): "\n\n".join(report) + "\n", readme: before + "\n\n".join(part) + after}
@@ -501,9 +500,9 @@ def draw_panel(axis, inside, data, colors):
 
 def panels(cells):
     """{dataset: cells of curves.png}."""
-    found = {(cell.dataset, cell.label): cell for cell in cells}
-    inside = {dataset: [found[dataset, x] for x in labels if (dataset, x) in found] for dataset, labels in LINES.items()}
-    return {dataset: own for dataset, own in inside.items() if own}
+    own = {dataset: [cell for x in labels for cell in cells if cell.key == f"{dataset}/{x}"]
+           for dataset, labels in LINES.items()}
+    return {dataset: inside for dataset, inside in own.items() if inside}
 
 
 def canvas(count, columns, width, height):

@@ -1,4 +1,4 @@
-"""report.html for `report.py --html`: README's part, REPORT.md, the lessons and the films in one file, charts for plots.
+"""report.html for `report.py --html`: README's part, REPORT.md, lessons and films in one file, with charts for plots.
 
 It needs neither a server nor a network: pictures are inside, and Vega-Lite comes from a package.
 """
@@ -25,7 +25,9 @@ img {{ max-width: 100% }} .chart {{ display: block; width: 100% }}
 <section id="results"><h1>Offline RL, one file per method: results</h1>{results}</section>
 <section id="runs">{runs}</section><section id="lessons">{lessons}</section>
 <section id="films"><h1>Films</h1>{films}</section>
-<script>for (const [id, spec] of Object.entries({charts})) vegaEmbed("#" + id, spec, {{actions: false}});</script></html>
+<script>
+for (const [id, spec] of Object.entries({charts})) vegaEmbed("#" + id, spec, {{actions: false}});
+</script></html>
 """
 
 
@@ -42,7 +44,8 @@ def chart(inside, mean, shown, named):
     lines = base.mark_line(point=True).encode(
         y=alt.Y("mean:Q", title="normalised score" if inside[0].scored else "return"),
         color=alt.Color("method:N", title="click: a line on or off", scale=scale, legend=legend),
-        opacity=alt.condition(on, alt.value(1), alt.value(0.25)), tooltip=["method:N", "x:Q", "mean:Q", "low:Q", "high:Q"])
+        opacity=alt.condition(on, alt.value(1), alt.value(0.25)),
+        tooltip=["method:N", "x:Q", "mean:Q", "low:Q", "high:Q"])
     bands = base.mark_area(opacity=0.15).encode(
         y="low:Q", y2="high:Q", color=alt.Color("method:N", scale=scale, legend=None))
     data = alt.Chart(alt.Data(values=[{"mean": mean}] * bool(np.isfinite(mean))))
