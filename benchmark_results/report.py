@@ -56,7 +56,7 @@ LINES = {  # of curves.png: five a panel at most; the other curves stand on thei
     "hopper/medium-replay-v0": ("bc", "td3_bc", "iql", "filtered_bc", "sac_offline"),
     "halfcheetah/medium-v0": ("bc", "td3_bc", "iql"),
     "lunarlander/mixed-v0": ("dqn_offline", "bcq_discrete", "cql_discrete")}
-WIDE, FEW = 6, 4  # columns of methods, beyond which they become rows; cells that make a table of their budget
+WIDE, FEW = 6, 3  # columns of methods, beyond which they become rows; cells that make a table of their budget
 RAW = "args.json", "run.json", "eval.csv"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 ABSENT, RESAMPLES = "–", 10_000  # absent: what an older run.json did not note
@@ -160,7 +160,8 @@ class Cell:
         self.exact = self.about["method"] in ("bcq_tabular", "bear_gridworld")  # expectations
         self.whole = self.size >= self.planned and len(self.final) == self.seeds
         self.label, self.budget = folder.name, f"{self.size:,} {unit}"
-        self.row = f"{named(self.label)}, {self.budget}, {self.seeds} seed{'s' * (self.seeds > 1)}"
+        self.name = named(self.label)
+        self.row = f"{self.name}, {self.budget}, {self.seeds} seed{'s' * (self.seeds > 1)}"
         self.mean, self.best, self.best_at = self.curve[-1], self.curve.max(), self.updates[self.curve.argmax()]
 
     def text(self, x, width=None):
@@ -266,7 +267,7 @@ def flags(cell, cells, mean_of_data):
     for bc in cells:
         same = (bc.dataset, bc.budget, bc.scored) == (cell.dataset, cell.budget, cell.scored)
         if bc.about["method"] == "bc" and same and cell.final.max() < bc.final.min():
-            yield f"every run below every one of {named(bc.label)} of the same budget ({bc.runs()})"
+            yield f"every run below every one of {bc.name} of the same budget ({bc.runs()})"
     if cell.final.max() < mean_of_data:
         yield f"every run below the mean of the data ({cell.text(mean_of_data)})"
 
@@ -288,7 +289,7 @@ def mean_of_data(cell, data):
 
 def equal_budgets(cells, data):
     """Tables of equal budgets as text, the cells of other budgets, and those that are alone on their task."""
-    sizes, own, texts, others, alone, position = {}, {}, [], [], [], [*data].index
+    sizes, own, texts, others, alone, shown, position = {}, {}, [], [], [], [], [*data].index
     for cell in cells:
         sizes.setdefault((cell.dataset, cell.unit), Counter())[cell.size] += 1
     for cell in sorted(cells, key=lambda cell: (cell.order, position(cell.dataset))):
@@ -305,16 +306,17 @@ def equal_budgets(cells, data):
         if len(members) == 1:
             alone += inside
             continue
+        shown += inside
         lines = [["", *(f"`{dataset}`" for dataset in key)]]
         means = ["mean of the data", *(mean_of_data(cell, data) for cell in members[0])]
         lines += [means] * (None not in means)
-        lines += [[named(found[0].label), *(cell.score() for cell in found)] for found in members]
+        lines += [[found[0].name, *(cell.score() for cell in found)] for found in members]
         if len(members) <= WIDE:
             lines = [*zip(*lines)]
         where = f"{len(key)} datasets" if len(key) > 1 else f"{len(members)} methods"
         seeds = " or ".join(map(str, sorted({cell.seeds for cell in inside})))
         texts += [f"**{where}, {budget[1]}, {seeds} seeds**", table(lines[0], lines[1:])]
-    return texts, others, alone
+    return texts, others, [cell for cell in alone if cell not in shown]
 
 
 def outside(cells):
@@ -327,7 +329,7 @@ def outside(cells):
             theirs, cell = 100 * (np.array(theirs, float) - low) / (high - low), known.get(key)
             if cell is None or cell.size != updates[-1]:
                 continue
-            place, last = [f"`{cell.dataset}`", named(cell.label)], theirs[:, -1]
+            place, last = [f"`{cell.dataset}`", cell.name], theirs[:, -1]
             ends.append([*place, cell.score(), f"{', '.join(map(cell.text, last))} ({name})",
                          f"{cell.mean - last.mean():+.1f}"])
             ours, span = cell.curve[np.isin(cell.updates, updates)], f"{updates[0]:,} to {updates[-1]:,}"
@@ -370,7 +372,7 @@ def brief(cells, data, notes):
     if others:
         parts += ["**Other budgets**, not to be compared with the tables above or with each other", table(
             ["", "method", "budget", "seeds", "score"],
-            [[f"`{cell.dataset}`", named(cell.label), cell.budget, str(cell.seeds), cell.score()] for cell in others])]
+            [[f"`{cell.dataset}`", cell.name, cell.budget, str(cell.seeds), cell.score()] for cell in others])]
     if alone:
         said = [f"{cell.row}, on `{cell.dataset}` {cell.score()}" + " (exact)" * cell.exact for cell in alone]
         parts.append(fill(f"Alone on a task: {'; '.join(said)}."))
@@ -402,14 +404,14 @@ def pages(cells, data, why):
         cared = [cell for cell in inside if cell.key in why]
         mark = {cell.key: f" <sup>{i}</sup>" for i, cell in enumerate(cared, 1)}
         head = "", "budget", "seeds", "mean ± deviation", f"runs; from {ENOUGH} on their mean's interval"
-        rows = [[named(cell.label) + mark.get(cell.key, ""), cell.budget, str(cell.seeds), cell.score(), cell.runs()]
+        rows = [[cell.name + mark.get(cell.key, ""), cell.budget, str(cell.seeds), cell.score(), cell.runs()]
                 for cell in inside]
         mean = mean_of_data(inside[0], data)
         parts += [f"## {dataset}", *[f"Mean of the data: {mean}."] * bool(mean),
                   table(head, rows)]
         if not all(cell.exact for cell in inside):
             parts.append(f"![Learning curves on {dataset}: mean and range of the seeds](plots/{slug(dataset)}.png)")
-        parts += ["\n".join(f"{i}. {named(cell.label)}, {cell.budget}: {why[cell.key]}"
+        parts += ["\n".join(f"{i}. {cell.name}, {cell.budget}: {why[cell.key]}"
                             for i, cell in enumerate(cared, 1))] * bool(cared)
     return parts
 
@@ -491,7 +493,7 @@ def texts(cells, data):
 def draw_panel(axis, inside, data, colors):
     for cell, color in zip(inside, colors):
         axis.plot(cell.updates / 1000, cell.curve, color=color, marker="." if len(cell.updates) < 30 else "",
-                  label=named(cell.label))
+                  label=cell.name)
         axis.fill_between(cell.updates / 1000, *cell.range, color=color, alpha=0.15, lw=0)
     if np.isfinite(mean := data[cell.dataset][cell.scored]):
         axis.axhline(mean, color="black", ls=":", lw=1, label="mean of the data")
@@ -550,14 +552,13 @@ def main(argv=None):
     check = args.check
     if not cells:
         fail(f"{plots.parent} holds no results")
-    data, size = {}, Counter(cell.dataset for cell in cells)
+    data, curves, size = {}, {}, Counter(cell.dataset for cell in cells)
     for dataset in sorted(size, key=lambda x: (-size[x], x)):  # the datasets of most methods first
         facts = of_data(dataset)
         if facts and not check and not beside(dataset).exists():
             beside(dataset).write_text(json.dumps(facts, indent=1) + "\n")
         data[dataset] = np.array([facts.get("return_mean"), facts.get("score")], float).tolist()
-    found = texts(cells, data)
-    for path, text in found.items():
+    for path, text in texts(cells, data).items():
         if check and not (path.exists() and path.read_text() == text):
             fail(f"{path} is not what the raw files give: run python benchmark_results/report.py", 1)
         if not check:
@@ -571,13 +572,14 @@ def main(argv=None):
         inside = [cell for cell in cells if cell.dataset == dataset]
         if not all(cell.exact for cell in inside):
             draw_page(inside, data).savefig(plots / f"{slug(dataset)}.png")
+            curves[slug(dataset)] = inside, data[dataset][inside[0].scored], LINES.get(dataset, ())
     plt.close("all")
     if args.html:
         try:
             import report_html
         except ImportError as error:
             fail(f"--html needs {error.name}: pip install 'altair[save]' markdown-it-py")
-        report_html.write(sys.modules[__name__], cells, data, found)
+        report_html.write(ROOT, curves)
     print(f"{len(cells)} cells: REPORT.md and plots in {plots.parent}, and {ROOT / 'README.md'}")
 
 

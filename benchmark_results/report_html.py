@@ -31,13 +31,14 @@ for (const [id, spec] of Object.entries({charts})) vegaEmbed("#" + id, spec, {{a
 """
 
 
-def chart(inside, mean, shown, named):
+def chart(inside, mean, shown):
     """The curves of a dataset; a click on the legend switches a line."""
-    names = [named(cell.label) for cell in inside]
-    points = [{"method": named(cell.label), "x": int(x), "mean": y, "low": low, "high": high} for cell in inside
+    names = [cell.name for cell in inside]
+    points = [{"method": cell.name, "x": int(x), "mean": y, "low": low, "high": high} for cell in inside
               for x, y, low, high in zip(cell.updates, *np.round([cell.curve, *cell.range], 2).tolist())]
+    first = [cell.name for cell in inside if cell.label in shown] or names
     on = alt.selection_point(name="on", fields=["method"], bind="legend", toggle="true", empty=False,
-                             value=[{"method": named(x)} for x in shown] or [{"method": x} for x in names])
+                             value=[{"method": name} for name in first])
     scale = alt.Scale(domain=names, scheme="tableau10" if len(names) < 11 else "tableau20")
     legend = alt.Legend(orient="bottom", direction="horizontal", columns=3, symbolType="stroke", symbolStrokeWidth=4)
     base = alt.Chart(alt.Data(values=points)).transform_filter(on).encode(x=alt.X("x:Q", title=inside[0].unit))
@@ -54,17 +55,16 @@ def chart(inside, mean, shown, named):
     return layers.properties(width="container", height=360).to_dict()
 
 
-def write(report, cells, data, found):
-    folder, charts = report.ROOT / "benchmark_results", {}
-
-    def name(stem):
-        return "chart-" + stem.replace(".", "-")
+def write(root, curves):
+    """`curves`: {name of a plot: cells, mean of the data, labels that are on at first}."""
+    folder = root / "benchmark_results"
+    charts = {"chart-" + name.replace(".", "-"): chart(*own) for name, own in curves.items()}
 
     def put(base, image):
         """A chart for a plot of curves; other pictures with their bytes."""
-        path = base / image[1]
-        if name(path.stem) in charts:
-            return f'<div class="chart" id="{name(path.stem)}"></div>'
+        path, name = base / image[1], "chart-" + Path(image[1]).stem.replace(".", "-")
+        if name in charts:
+            return f'<div class="chart" id="{name}"></div>'
         inside = base64.b64encode(path.read_bytes()).decode()
         return f'<img src="data:{mimetypes.guess_type(path)[0]};base64,{inside}" alt="{image[2]}">'
 
@@ -72,17 +72,12 @@ def write(report, cells, data, found):
         text = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
         return re.sub(r'<img src="([^"]+)" alt="([^"]*)" />', lambda image: put(base, image), text)
 
-    for dataset, means in data.items():
-        inside = [cell for cell in cells if cell.dataset == dataset and not cell.exact]
-        if inside:
-            shown = {cell.label for cell in inside} & set(report.LINES.get(dataset, ()))
-            charts[name(report.slug(dataset))] = chart(inside, means[inside[0].scored], sorted(shown), report.named)
-    readme, lessons = found[report.ROOT / "README.md"], folder / "lessons" / "README.md"
-    part = readme.split(report.BEGIN)[1].split(report.END)[0]
+    readme, lessons = (root / "README.md").read_text(), folder / "lessons" / "README.md"
+    part = re.search("<!-- results: begin -->(.*)<!-- results: end -->", readme, re.S)[1]
     films = [f"![{said}]({path})\n\n{said}" for said, path in re.findall(r"!\[(.*?)\]\((\S+\.gif)\)", readme)]
     (folder / "report.html").write_text(PAGE.format(
         script=javascript_bundle(vl_version=alt.VEGALITE_VERSION.rpartition(".")[0]),
-        charts=json.dumps(charts).replace("</", "<\\/"), results=render(part, report.ROOT),
-        runs=render(found[folder / "REPORT.md"], folder),
+        charts=json.dumps(charts).replace("</", "<\\/"), results=render(part, root),
+        runs=render((folder / "REPORT.md").read_text(), folder),
         lessons=render(lessons.read_text() if lessons.exists() else "", lessons.parent),
-        films=render("\n\n".join(films), report.ROOT)))
+        films=render("\n\n".join(films), root)))

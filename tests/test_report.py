@@ -463,7 +463,8 @@ def test_it_writes_texts_and_plots_and_sees_what_is_out_of_date(root, capsys, mo
     assert {path.name for path in plots.iterdir()} == {"curves.png", "a-v0.png", "b-v0.png"}
     assert all(path.stat().st_size > 5000 for path in plots.iterdir())
     assert "(benchmark_results/plots/curves.png)" in text(root)
-    assert re.findall(r"\((plots/.*?)\)", text(root, "benchmark_results/REPORT.md")) == ["plots/a-v0.png", "plots/b-v0.png"]
+    drawn = re.findall(r"\(plots/(.*?)\)", text(root, "benchmark_results/REPORT.md"))
+    assert drawn == ["a-v0.png", "b-v0.png"]
     texts = [path.read_text() for path in paths]
     report.main(["--check"])
     for path, old in zip(paths, texts):
@@ -493,23 +494,23 @@ def test_many_curves_stay_below_the_height_of_a_screen(root, monkeypatch):
 def test_the_page_holds_everything(root, monkeypatch, capsys):
     """Without the package that draws: what it gets, and that no picture is left outside."""
     pytest.importorskip("markdown_it")
+    monkeypatch.syspath_prepend(ROOT / "benchmark_results")
     monkeypatch.setitem(sys.modules, "altair", None)
-    monkeypatch.delitem(sys.modules, "report_html", raising=False)
+    monkeypatch.setitem(sys.modules, "report_html", None)  # not there after the test either
+    del sys.modules["report_html"]
     put(root, "a-v0", "bc", [1, 7, 2])
     assert "--html needs altair: pip install 'altair[save]' markdown-it-py" in refused(capsys, 2, "--html")
     monkeypatch.setitem(sys.modules, "altair", SimpleNamespace(VEGALITE_VERSION="6.4.1"))
-    monkeypatch.setitem(sys.modules, "vl_convert", SimpleNamespace(javascript_bundle=lambda vl_version: "// bundle " + vl_version))
-    monkeypatch.syspath_prepend(ROOT / "benchmark_results")
+    bundle = SimpleNamespace(javascript_bundle=lambda vl_version: "// bundle " + vl_version)
+    monkeypatch.setitem(sys.modules, "vl_convert", bundle)
     page = importlib.import_module("report_html")
-    monkeypatch.delitem(sys.modules, "report_html")
-    monkeypatch.setattr(page, "chart", lambda inside, mean, shown, named: {"of": [named(cell.label) for cell in inside]})
+    monkeypatch.setattr(page, "chart", lambda inside, mean, shown: {"of": [cell.name for cell in inside]})
     (root / "benchmark_results" / "lessons").mkdir()
     (root / "benchmark_results" / "lessons" / "README.md").write_text("# Lessons\n\n![x](x.png)\n\nA </sentence>.\n")
     (root / "benchmark_results" / "lessons" / "x.png").write_bytes(b"png")
     (root / "film.gif").write_bytes(b"gif")
     with open(root / "README.md", "a") as file:
         file.write("\n![A film](film.gif)\n")
-    monkeypatch.setitem(sys.modules, "report_html", page)
     report.main(["--html"])
     found = (root / "benchmark_results" / "report.html").read_text()
     for part in ('{"chart-a-v0": {"of": ["BC"]}}', '<div class="chart" id="chart-a-v0"></div>', "// bundle 6.4",
@@ -518,17 +519,18 @@ def test_the_page_holds_everything(root, monkeypatch, capsys):
     assert 'src="http' not in found and 'src="plots' not in found
 
 
-def test_a_legend_switches_the_lines(root):
+def test_a_legend_switches_the_lines(root, monkeypatch):
     pytest.importorskip("altair")
-    sys.path.append(str(ROOT / "benchmark_results"))
+    monkeypatch.syspath_prepend(ROOT / "benchmark_results")
     page = importlib.import_module("report_html")
     put(root, "a-v0", "bc", [1, 7], [3, 4])
     put(root, "a-v0", "iql", [1, 7])
-    spec = page.chart(report.read_all(), 2.0, ["iql"], report.named)
+    spec = page.chart(report.read_all(), 2.0, ["iql"])
     assert spec["params"] == [{
         "name": "on", "bind": "legend", "value": [{"method": "IQL"}], "views": spec["params"][0]["views"],
         "select": {"type": "point", "fields": ["method"], "toggle": "true"}}]
-    assert spec["width"] == "container" and {"mean": 2.0} in [x for y in spec["datasets"].values() for x in y]
+    assert spec["width"] == "container" and spec["layer"][2]["data"] == {"values": [{"mean": 2.0}]}
+    assert {"method": "IQL", "x": 1000, "mean": 4, "low": 1, "high": 7} in spec["layer"][1]["data"]["values"]
 
 
 # --- the committed results ---
