@@ -63,7 +63,7 @@ ABSENT, RESAMPLES = "–", 10_000  # absent: what an older run.json did not note
 ENOUGH = 5  # seeds for an interval
 FLAT, FALL = 1 / 200, 1 / 4  # what is flagged: a deviation over seeds to the mean, a seed's fall from its best
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-                     "legend.frameon": False, "font.size": 9, "legend.fontsize": 8, "savefig.dpi": 110})
+                     "legend.frameon": False, "font.size": 9, "legend.fontsize": 8, "savefig.dpi": 100})
 
 
 def named(label):
@@ -247,10 +247,6 @@ def fill(text):
     return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
 
 
-def title(key):
-    return ", ".join(f"{dataset} ({budget})" for dataset, budget in key)
-
-
 def flags(cell, cells, mean_of_data):
     """Why a cell is to be read with care."""
     top, last = np.fmax.reduce(cell.values), cell.values[-3:].mean(0)  # NaN of a seed that was lost
@@ -314,29 +310,37 @@ def equal_budgets(cells, data):
         if len(members) <= WIDE:
             lines = [*zip(*lines)]
         where = f"{len(key)} datasets" if len(key) > 1 else f"{len(members)} methods"
-        seeds = " or ".join(map(str, sorted({cell.seeds for cell in inside})))
-        texts += [f"**{where}, {budget[1]}, {seeds} seeds**", table(lines[0], lines[1:])]
+        numbers = sorted({cell.seeds for cell in inside})
+        seeds = " or ".join(map(str, numbers)) + " seed" + "s" * (numbers[-1] > 1)
+        texts += [f"**{where}, {budget[1]}, {seeds}**", table(lines[0], lines[1:])]
     return texts, others, [cell for cell in alone if cell not in shown]
+
+
+def sources(text):
+    """Of outside.toml: name, updates, {cell: runs as scores}, where they come from."""
+    for source in tomllib.loads(text)["source"]:
+        low, high = source.get("reference", (0, 100))  # of returns
+        runs = {key: 100 * (np.array(x, float) - low) / (high - low) for key, x in source["runs"].items()}
+        command = f"`{source['command']}`" if source["command"] else "command line not kept"
+        yield source["name"], source["updates"], runs, (
+            f"{source['name']}: {source['url']}, {source['version']}, {command}. {source['about']}")
 
 
 def outside(cells):
     """Of public implementations on the same files: the end beside ours, every evaluation, where they come from."""
     path, ends, full, origins = ROOT / "benchmark_results" / "outside.toml", [], [], []
-    known = {cell.key: cell for cell in cells}
-    for source in load(path, tomllib.loads, "source")["source"] if path.exists() else []:
-        name, updates, (low, high) = source["name"], source["updates"], source.get("reference", (0, 100))  # of returns
-        for key, theirs in source["runs"].items():
-            theirs, cell = 100 * (np.array(theirs, float) - low) / (high - low), known.get(key)
-            if cell is None or cell.size != updates[-1]:
-                continue
-            place, last = [f"`{cell.dataset}`", cell.name], theirs[:, -1]
-            ends.append([*place, cell.score(), f"{', '.join(map(cell.text, last))} ({name})",
-                         f"{cell.mean - last.mean():+.1f}"])
-            ours, span = cell.curve[np.isin(cell.updates, updates)], f"{updates[0]:,} to {updates[-1]:,}"
-            for by, runs in (name, theirs), (f"here, mean of {cell.seeds} seeds", [ours]):
-                full += [[*place, by, span, ", ".join(map(cell.text, run))] for run in runs]
-        command = f"`{source['command']}`" if source["command"] else "command line not kept"
-        origins.append(f"{name}: {source['url']}, {source['version']}, {command}. {source['about']}")
+    for name, updates, runs, origin in load(path, lambda text: [*sources(text)]) if path.exists() else []:
+        span = f"{updates[0]:,} to {updates[-1]:,}"
+        known = {cell.key: cell for cell in cells if cell.size == updates[-1]}
+        for key, theirs in runs.items():
+            if cell := known.get(key):
+                place = f"`{cell.dataset}`", cell.name
+                last = ", ".join(map(cell.text, theirs[:, -1]))
+                ends.append([*place, cell.score(), f"{last} ({name})", f"{cell.mean - theirs[:, -1].mean():+.1f}"])
+                ours = cell.curve[np.isin(cell.updates, updates)]
+                for by, x in [*((name, x) for x in theirs), (f"here, mean of {cell.seeds} seeds", ours)]:
+                    full.append([*place, by, span, ", ".join(map(cell.text, x))])
+        origins.append(origin)
     return ends, full, fill(" ".join(origins))
 
 
@@ -393,7 +397,7 @@ def brief(cells, data, notes):
         "[REPORT.md](benchmark_results/REPORT.md) has each run, every curve, what is to be read with care, the best of "
         "training, and the commit, hardware, versions and wall time of every cell. `python benchmark_results/report.py "
         "--html` puts all of it and the lessons into one file, report.html, where a click on a legend switches a line "
-        "on or off (`pip install \"altair[save]\" markdown-it-py`).")]
+        "on or off (it needs `pip install \"altair[save]\"`).")]
 
 
 def pages(cells, data, why):
@@ -407,8 +411,7 @@ def pages(cells, data, why):
         rows = [[cell.name + mark.get(cell.key, ""), cell.budget, str(cell.seeds), cell.score(), cell.runs()]
                 for cell in inside]
         mean = mean_of_data(inside[0], data)
-        parts += [f"## {dataset}", *[f"Mean of the data: {mean}."] * bool(mean),
-                  table(head, rows)]
+        parts += [f"## {dataset}", *[f"Mean of the data: {mean}."] * bool(mean), table(head, rows)]
         if not all(cell.exact for cell in inside):
             parts.append(f"![Learning curves on {dataset}: mean and range of the seeds](plots/{slug(dataset)}.png)")
         parts += ["\n".join(f"{i}. {cell.name}, {cell.budget}: {why[cell.key]}"
@@ -432,7 +435,8 @@ def aggregates(found):
             mean = "{:.1f} [{:.1f}, {:.1f}]".format(*bootstrap(iqm, runs[x]))
             pairs = (["{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(beats, runs[x], runs[y])), ""][x == y] for y in runs)
             rows.append([f"{named(x)}, {runs[x].shape[1]} seeds", mean, *pairs])
-        parts += [f"**{title(key)}**", table(["", "IQM", *(f"beats {named(y)}" for y in runs)], rows)]
+        title = ", ".join(f"{dataset} ({budget})" for dataset, budget in key)
+        parts += [f"**{title}**", table(["", "IQM", *(f"beats {named(y)}" for y in runs)], rows)]
     return "\n\n".join(parts)
 
 
@@ -477,8 +481,8 @@ def texts(cells, data):
     report = ["# Results, run by run", fill(
         "`python benchmark_results/report.py` wrote this page from the raw files beside it. Scores are of the last "
         "evaluation, ± is the standard deviation over seeds, small numbers lead to what is to be read with care. In "
-        "the plots a line is the mean over seeds, its band reaches from the lowest to the highest, the dotted line is the "
-        "mean of the data. Only rows of equal budgets are to be compared."),
+        "the plots a line is the mean over seeds, its band reaches from the lowest to the highest, the dotted line is "
+        "the mean of the data. Only rows of equal budgets are to be compared."),
         *pages(cells, data, remarks(cells, data, notes)), "## Best of training", *best(cells), "## Aggregates",
         aggregates(groups([cell for cell in cells if cell.about["method"] not in JUDGES]))]
     if full:

@@ -33,13 +33,13 @@ for (const [id, spec] of Object.entries({charts})) vegaEmbed("#" + id, spec, {{a
 
 def chart(inside, mean, shown):
     """The curves of a dataset; a click on the legend switches a line."""
-    names = [cell.name for cell in inside]
     points = [{"method": cell.name, "x": int(x), "mean": y, "low": low, "high": high} for cell in inside
               for x, y, low, high in zip(cell.updates, *np.round([cell.curve, *cell.range], 2).tolist())]
-    first = [cell.name for cell in inside if cell.label in shown] or names
+    first = [cell.name for cell in inside if cell.label in shown] or [cell.name for cell in inside]
     on = alt.selection_point(name="on", fields=["method"], bind="legend", toggle="true", empty=False,
                              value=[{"method": name} for name in first])
-    scale = alt.Scale(domain=names, scheme="tableau10" if len(names) < 11 else "tableau20")
+    names = dict.fromkeys([*first, *(cell.name for cell in inside)])  # colours repeat after ten
+    scale = alt.Scale(domain=[*names], scheme="tableau10")
     legend = alt.Legend(orient="bottom", direction="horizontal", columns=3, symbolType="stroke", symbolStrokeWidth=4)
     base = alt.Chart(alt.Data(values=points)).transform_filter(on).encode(x=alt.X("x:Q", title=inside[0].unit))
     lines = base.mark_line(point=True).encode(

@@ -426,6 +426,10 @@ def test_what_else_is_wrong(root, capsys):
     assert "explains a-v0/iql, but there is no such cell" in refused(capsys, 2)
     notes.write_text("a-v0 iql")
     assert "notes.toml cannot be used" in refused(capsys, 2)
+    (outside := root / "benchmark_results" / "outside.toml").write_text("[[source]]\nname = 'X'\n")
+    notes.write_text("")
+    assert "outside.toml cannot be used ('runs')" in refused(capsys, 2)
+    outside.unlink()
     notes.unlink()
     for text in ("", report.END + report.BEGIN, report.BEGIN, report.BEGIN + report.END + report.END):
         (root / "README.md").write_text(text)
@@ -486,7 +490,7 @@ def test_many_curves_stay_below_the_height_of_a_screen(root, monkeypatch):
         put(root, "a-v0", f"m{i}", [1, 7], [3, 4])
     put(root, "a-v0", "bc", [1, 7], [3, 4])
     figure = DRAW["draw_page"](report.read_all(), {"a-v0": [2, 2]})
-    assert figure.get_size_inches()[1] * report.plt.rcParams["savefig.dpi"] <= 1050
+    assert figure.get_size_inches()[1] * report.plt.rcParams["savefig.dpi"] <= 1000
     assert len(figure.axes) == 8 and max(len(axis.lines) for axis in figure.axes) == 6  # four, BC, the data
     report.plt.close(figure)
 
