@@ -235,7 +235,7 @@ def test_the_mean_of_the_data_and_who_is_below_it(root):
 
 
 def test_public_implementations_stand_beside_the_cells(root):
-    put(root, "a-v0", "bc", [0, 0, 0], [10, 20, 30])
+    put(root, "a-v0", "bc", [9, 9, 9], [0, 0, 0], [9, 9, 9], [10, 20, 30])
     put(root, "a-v0", "iql", [10, 20, 30], budget=2000)
     (root / "benchmark_results" / "outside.toml").write_text("""
         [[source]]
