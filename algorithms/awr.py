@@ -7,8 +7,7 @@
 Peng, Kumar, Zhang & Levine, 2019. https://arxiv.org/abs/1910.00177
 
     R_t  = r_t + gamma ((1 - lambda) V(s_t+1) + lambda R_t+1),   where an episode ends r_t + gamma (1 - d) V(s_t+1)
-    L_V  = E[ (R - V(s))^2 ]
-    L_pi = E[ -w log pi(a|s) ],   w = exp(A / beta),   A = R - V(s)
+    L_V  = E[ (R - V(s))^2 ];   L_pi = E[ -w log pi(a|s) ],   w = exp(A / beta),   A = R - V(s)
 
 They take turns: V makes `value_steps` towards R, then R and w are those of the new V, and pi makes `turn_steps`.
 
@@ -75,8 +74,6 @@ def mlp(lead, *sizes):
 
 
 class Value(nn.Module):
-    """V(s)."""
-
     def __init__(self, S, obs_dim, d_hidden):
         super().__init__()
         self.net = mlp((S,), obs_dim, d_hidden, d_hidden, 1)
@@ -86,17 +83,20 @@ class Value(nn.Module):
 
 
 class Actor(nn.Module):
-    """Gaussian policy with mean tanh(net(s)) and a deviation that does not depend on s."""
+    """Gaussian policy with mean tanh(net(s)) and a deviation that sees no s, or softmax of discrete actions."""
 
     def __init__(self, S, obs_dim, act_dim, d_hidden):
         super().__init__()
         self.net = mlp((S,), obs_dim, d_hidden, d_hidden, act_dim)
-        self.log_std = nn.Parameter(torch.zeros(S, 1, act_dim))
+        self.log_std = None if DISCRETE else nn.Parameter(torch.zeros(S, 1, act_dim))
 
-    def forward(self, s):  # (S, B, obs_dim) -> (S, B, act_dim)
-        return torch.tanh(self.net(s))
+    def forward(self, s):  # (S, B, obs_dim) -> (S, B, act_dim), or (S, B)
+        x = self.net(s)
+        return x.argmax(-1) if self.log_std is None else torch.tanh(x)
 
     def log_prob(self, s, a):  # (S, B)
+        if self.log_std is None:
+            return self.net(s).log_softmax(-1).gather(-1, a.unsqueeze(-1)).squeeze(-1)
         log_std = self.log_std.clamp(-5, 2)
         z = (a - self(s)) / log_std.exp()
         return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
@@ -134,7 +134,6 @@ def weights(adv, args):
 
 
 def prepare(data, args):
-    """Observations to mean 0 and deviation 1; where episodes end."""
     if args.td_lambda > 1 or not args.beta:
         fail("--td-lambda has to be at most 1, --beta above 0")
     data.mean, data.std = data.obs.mean(0), data.obs.std(0, correction=0) + 1e-3
@@ -530,10 +529,14 @@ def train(run, update):
     return run.finish()
 
 
-# --- main: by turns ---
+# --- main: by turns; discrete or not ---
 def main(args):
     """Trains, evaluates, saves; returns the run's directory."""
+    global DISCRETE
     setup(args)
+    first = args.dataset_id if Path(args.dataset_id).exists() else args.dataset_id.split("+")[0]
+    with contextlib.suppress(Exception):  # load says what is wrong with it
+        DISCRETE = isinstance(find(first).action_space, gym.spaces.Discrete)
     with torch.device(args.device):  # where tensors are made
         data = load(args)
         prepare(data, args)

@@ -3,12 +3,12 @@
 # dependencies = ["torch==2.13.0", "numpy>=2.0", "gymnasium[mujoco,box2d]>=1.2.3", "minari[hdf5,hf]>=0.5.4",
 #   "tyro>=0.9.20", "tqdm>=4.66", "wandb>=0.19"]
 # ///
-"""MARWIL: Exponentially Weighted Imitation Learning for Batched Historical Data, for continuous actions.
+"""MARWIL: Exponentially Weighted Imitation Learning for Batched Historical Data.
 Wang, Xiong, Han, Sun, Liu & Zhang, NeurIPS 2018. https://nips.cc/virtual/2018/poster/11609
 
     R_t  = r_t + gamma ((1 - lambda) V(s_t+1) + lambda R_t+1),   where an episode ends r_t + gamma (1 - d) V(s_t+1)
-    L_V  = E[ (R - V(s))^2 ]
-    L_pi = E[ -w log pi(a|s) ],   w = exp(beta A / c),   A = R - V(s),   c^2 <- c^2 + rate (E[A^2] - c^2)
+    L_V  = E[ (R - V(s))^2 ];   L_pi = E[ -w log pi(a|s) ],   w = exp(beta A / c),   A = R - V(s)
+    c^2 <- c^2 + rate (E[A^2] - c^2)
 
 R, here with lambda = 1, is renewed every `turn_steps`; pi and V are two heads of one network.
 
@@ -76,20 +76,23 @@ def mlp(lead, *sizes):
 
 
 class Actor(nn.Module):
-    """Two heads: a Gaussian policy whose deviation does not depend on s, and V(s)."""
+    """Two heads: V(s) and pi, a Gaussian with a deviation that sees no s, or softmax of discrete actions."""
 
     def __init__(self, S, obs_dim, act_dim, d_hidden):
         super().__init__()
         self.net = mlp((S,), obs_dim, d_hidden, d_hidden, act_dim + 1)
-        self.log_std = nn.Parameter(torch.zeros(S, 1, act_dim))
+        self.log_std = None if DISCRETE else nn.Parameter(torch.zeros(S, 1, act_dim))
 
-    def forward(self, s):  # (S, B, obs_dim) -> (S, B, act_dim)
-        return torch.tanh(self.net(s)[..., :-1])
+    def forward(self, s):  # (S, B, obs_dim) -> (S, B, act_dim), or (S, B)
+        x = self.net(s)[..., :-1]
+        return x.argmax(-1) if self.log_std is None else torch.tanh(x)
 
     def value(self, s):  # (S, B)
         return self.net(s)[..., -1]
 
     def log_prob(self, s, a):  # (S, B)
+        if self.log_std is None:
+            return self.net(s)[..., :-1].log_softmax(-1).gather(-1, a.unsqueeze(-1)).squeeze(-1)
         log_std = self.log_std.clamp(-5, 2)
         z = (a - self(s)) / log_std.exp()
         return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
@@ -126,7 +129,6 @@ def weights(adv, square, args):
 
 
 def prepare(data, args):
-    """Observations to mean 0 and deviation 1; where episodes end."""
     if max(args.td_lambda, args.norm_rate) > 1:
         fail("--td-lambda and --norm-rate have to be at most 1")
     data.mean, data.std = data.obs.mean(0), data.obs.std(0, correction=0) + 1e-3
@@ -516,10 +518,14 @@ def train(run, update):
     return run.finish()
 
 
-# --- main: by turns ---
+# --- main: by turns; discrete or not ---
 def main(args):
     """Trains, evaluates, saves; returns the run's directory."""
+    global DISCRETE
     setup(args)
+    first = args.dataset_id if Path(args.dataset_id).exists() else args.dataset_id.split("+")[0]
+    with contextlib.suppress(Exception):  # load says what is wrong with it
+        DISCRETE = isinstance(find(first).action_space, gym.spaces.Discrete)
     with torch.device(args.device):  # where tensors are made
         data = load(args)
         prepare(data, args)

@@ -6,7 +6,7 @@
 
 A lesson is a set of commands of the method files and a drawing of what they log. Their directories grow in
 runs/lessons/, where an interrupted one is taken up again; the small files go to benchmark_results/lessons/NAME/, plot
-and text beside. Those of lessons_tabular.py have no commands.
+and text beside. Some of lessons_*.py have no commands.
 """
 import argparse
 import csv
@@ -27,7 +27,12 @@ import matplotlib
 import minari
 import numpy as np
 import torch
+from lessons_cloning import (multimodal_draw, multimodal_log, multimodal_runs, observability_draw, observability_log,
+                             observability_runs)
+from lessons_evaluation import bear_gridworld_draw, importance_draw
+from lessons_interactive import interventions_draw, interventions_runs
 from lessons_tabular import correction_draw, cql_bound_draw, expectile_draw, stitching_draw
+from lessons_weights import awr_draw, envelope_draw, envelope_log, envelope_runs
 from run import about
 
 matplotlib.use("Agg")
@@ -383,121 +388,6 @@ def cql_discrete_draw(runs):
     return figure, "LunarLander, mean return of the last 2 evaluations: " + "; ".join(said)
 
 
-# --- two modes ---
-FORK_RADIUS = 1.1  # of the obstacle around (0, 0); one step of the car is x' = x + a
-
-
-def fork_demonstrations(episodes=500):
-    """Drives along x that pass the obstacle on the left or on the right with equal probability: lists of (x, a)."""
-    rng, rows = np.random.default_rng(0), []
-    for _ in range(episodes):
-        x, side, episode = np.array([rng.uniform(-4.4, -3.6), rng.normal(0, 0.1)]), rng.choice([-1, 1]), []
-        while x[0] < 4:
-            lane = 1.6 * side * (-2.6 < x[0] < 1.2)
-            a = np.array([0.8, np.clip(0.9 * (lane - x[1]), -0.95, 0.95)]) + rng.normal(0, 0.04, 2)
-            episode.append((x, a.clip(-1, 1)))
-            x = x + episode[-1][1]
-        rows.append(episode)
-    return rows
-
-
-def bc_diffusion_runs(data):
-    episodes = fork_demonstrations()
-    obs, actions = (np.array(x, np.float32) for x in zip(*(step for episode in episodes for step in episode)))
-    timeouts = np.zeros(len(obs), bool)
-    timeouts[np.cumsum([len(episode) for episode in episodes]) - 1] = True
-    if not (data / "fork-v0").exists():
-        from_d4rl.write({"observations": obs, "actions": actions, "rewards": np.zeros(len(obs)), "timeouts": timeouts,
-                         "terminals": np.zeros(len(obs)), "next_observations": obs + actions}, data / "fork-v0")
-    shape = (f"--dataset-id {data / 'fork-v0'} --eval-episodes 0 --num-seeds 3 --num-updates 5000 --hidden-dim 64 "
-             "--learning-rate 1e-3")
-    hopper = "--dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000"
-    return {"fork: bc": f"bc.py {shape}", "fork: T = 5": f"bc_diffusion.py {shape}",
-            "fork: T = 20": f"bc_diffusion.py {shape} --diffusion-steps 20",
-            "hopper: bc": f"bc.py {hopper}", "hopper: diffusion": f"bc_diffusion.py {hopper}"}
-
-
-def fork_trajectories(run, drives=20):
-    """Rows (seed, drive, step, x, y) of the run's policy, `drives` for each seed; kept in trajectories.csv."""
-    path = run / "trajectories.csv"
-    if not path.exists():
-        policy, rows = torch.export.load(run / "policy.pt2").module(), []
-        torch.manual_seed(0)
-        S = len(policy(torch.zeros(1, 2)))
-        start = torch.stack([-4.4 + 0.8 * torch.rand(drives), 0.1 * torch.randn(drives)], -1)
-        x = start.expand(S, drives, 2)  # every seed begins at the same places
-        for t in range(12):
-            rows += [(k, i, t, *x[k, i].tolist()) for k, i in np.ndindex(S, drives)]
-            a = torch.stack([policy(x[k])[k] for k in range(S)])
-            x = x + a.clamp(-1, 1)
-        lines = ["%d,%d,%d,%.3f,%.3f" % row for row in rows if row[3] < 4.5]
-        path.write_text("\n".join(["seed,drive,step,x,y", *lines, ""]))
-    return np.genfromtxt(path, delimiter=",", names=True)
-
-
-def fork_actions(run, n=300):
-    """Velocities along y, (S, n), that the run's policy picks at the fork, (-2.2, 0); kept in actions.csv."""
-    path = run / "actions.csv"
-    if not path.exists():
-        policy = torch.export.load(run / "policy.pt2").module()
-        torch.manual_seed(1)
-        np.savetxt(path, policy(torch.tensor([[-2.2, 0.0]] * n))[..., 1].numpy(), "%.3f", ",")
-    return np.loadtxt(path, delimiter=",")
-
-
-def bc_diffusion_log(label, run):
-    """What the drawing needs of a policy."""
-    if label.startswith("fork"):
-        fork_trajectories(run)
-        fork_actions(run)
-
-
-def bc_diffusion_draw(runs):
-    figure, axes = plt.subplots(2, 3, figsize=(10.5, 5), layout="constrained")
-    demonstrations, crashed = fork_demonstrations(), {}
-    for episode in demonstrations[:60]:
-        x = np.array([x for x, _ in episode])
-        axes[0, 0].plot(*x.T, ".-", color="C2" if x[5, 1] > 0 else "C4", linewidth=0.6, markersize=2, alpha=0.6)
-    axes[0, 0].set_title("demonstrations: left or right", fontsize=10)
-    names = {"fork: bc": "bc.py", "fork: T = 5": "bc_diffusion.py, T = 5", "fork: T = 20": "bc_diffusion.py, T = 20"}
-    for axis, (label, title) in zip((axes[0, 1], axes[1, 0], axes[1, 1]), names.items()):
-        rows, crashes = fork_trajectories(runs[label]), []
-        for k, i in sorted(set(zip(rows["seed"], rows["drive"]))):
-            x, y = (rows[name][(rows["seed"] == k) & (rows["drive"] == i)] for name in "xy")
-            along = np.linspace(0, len(x) - 1, 50 * len(x))  # between the steps as well
-            hit = np.hypot(*(np.interp(along, range(len(x)), z) for z in (x, y))) < FORK_RADIUS
-            end = int(along[hit.argmax()]) + 2 if hit.any() else len(x)
-            axis.plot(x[:end], y[:end], ".-", color="C3" if hit.any() else "C0", linewidth=0.6, markersize=2, alpha=0.6)
-            crashes.append(hit.any())
-        crashed[label] = f"{sum(crashes)} of {len(crashes)}"
-        axis.set_title(f"{title}: {crashed[label]} crash", fontsize=10)
-    for axis in axes[:, :2].flat:
-        axis.add_patch(plt.Circle((0, 0), FORK_RADIUS, color="0.8"))
-        axis.set(xlim=(-4.6, 4.3), ylim=(-2.4, 2.4), xlabel="x", ylabel="y", aspect="equal")
-    near = [a[1] for episode in demonstrations for x, a in episode if abs(x[0] + 2.2) < 0.2]
-    bins, axis = np.linspace(-1, 1, 41), axes[0, 2]
-    axis.hist(near, bins, density=True, color="0.8", label="demonstrations")
-    for label, color in ("fork: T = 5", "C1"), ("fork: T = 20", "C0"):
-        axis.hist(fork_actions(runs[label]).ravel(), bins, density=True, histtype="step", color=color, label=label[6:])
-    axis.axvline(fork_actions(runs["fork: bc"]).mean(), color="C3", label="bc.py")
-    axis.set(xlabel="sideways velocity chosen at the fork", yticks=[], title=" ")
-    axis.legend(frameon=True, fontsize=8, loc="upper center", framealpha=1)
-    final, axis = {}, axes[1, 2]
-    for label, color, name in ("hopper: bc", "C3", "bc.py"), ("hopper: diffusion", "C1", "bc_diffusion.py, T = 5"):
-        updates, score = zip(*((row["update"], row["score"]) for row in evals(runs[label])))
-        score = np.reshape(score, (len(set(updates)), -1))  # (evaluations, seeds)
-        axis.plot(sorted(set(updates)), score.mean(1), ".-", color=color, label=name)
-        axis.fill_between(sorted(set(updates)), score.min(1), score.max(1), color=color, alpha=0.2, linewidth=0)
-        final[label] = f"{score[-1].mean():.1f} ± {score[-1].std():.1f}"
-    axis.set(xlabel="updates", ylabel="normalised score", ylim=(0, None))
-    axis.set_title("hopper/medium-v0", fontsize=10)
-    axis.legend(fontsize=8, loc="lower right")
-    return figure, (f"where a road forks before an obstacle {crashed['fork: bc']} drives of bc.py hit the obstacle, "
-                    f"{crashed['fork: T = 5']} of bc_diffusion.py with T = 5 and {crashed['fork: T = 20']} with T = 20; on "
-                    f"hopper/medium-v0 bc.py ends at a score of {final['hopper: bc']} and bc_diffusion.py at "
-                    f"{final['hopper: diffusion']} (± deviation over 3 seeds)")
-
-
 # --- a policy that pleases its model ---
 def mopo_runs(data):
     return {str(value): "mopo.py --num-seeds 2 --num-updates 40000 --eval-every 1000 --model-epochs 30 --horizon 100 "
@@ -663,8 +553,7 @@ def write_page():
     """README.md beside the plots: each with its sentence."""
     parts = ["# Lessons", "What each method is there to show, from the committed logs of real runs. "
              "`python benchmark_results/lessons.py NAME` draws a plot anew, with `--fresh` after running its commands "
-             "again, which `--list` prints. `correction`, `cql_bound`, `expectile` and `stitching` have no commands: "
-             "lessons_tabular.py computes them each time, in seconds."]
+             "again, which `--list` prints. Some have no commands: lessons_*.py compute them each time, in seconds."]
     for name in NAMES:
         if (LESSONS / name / "message.txt").exists():
             parts += [f"## {name}", f"![{name}]({name}.png)", (LESSONS / name / "message.txt").read_text().strip()]
@@ -683,7 +572,7 @@ def main():
         commands = commands_of(name)
         if args.list:
             lines = [f"{name}: {label}: python algorithms/{command}" for label, command in commands.items()]
-            print(*lines or [f"{name}: computed in lessons_tabular.py"], sep="\n")
+            print(*lines or [f"{name}: computed in {globals()[f'{name}_draw'].__module__}.py"], sep="\n")
             continue
         figure, message = globals()[f"{name}_draw"](
             {label: run(name, label, command, args.fresh) for label, command in commands.items()})

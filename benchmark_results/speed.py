@@ -44,6 +44,7 @@ from run import processor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OUT = ROOT / "benchmark_results" / "speed"
+TABLES = {"bcq_tabular", "bear_gridworld", "ope"}  # whose updates are sweeps
 PARTS = "updates", "loading", "evaluation", "start"
 KEEPS = os.environ.get("MALLOC_MMAP_MAX_") == "0"  # glibc keeps what is freed, see run.py
 PRODUCTS = "mm", "bmm", "addmm", "baddbmm"
@@ -72,7 +73,7 @@ def make(method, S, device):
     flags = {"num_seeds": S, "device": device, "eval_episodes": 0}
     if hasattr(module, "load"):
         flags["dataset_id"] = "lunarlander/mixed-v0" if discrete else "hopper/medium-v0"
-    if method == "mopo":
+    if method in ("mopo", "combo"):
         flags.update(env_id="Hopper-v5", rollout_batch=400)  # 10,000 imagined steps
     if method == "fqe":
         flags["policy"] = str(ROOT / "datasets" / "hopper" / "medium.pt2")
@@ -84,8 +85,12 @@ def make(method, S, device):
             module.prepare(data, args)
         else:
             task = module.make_task(args)
-            data = module.Replay(S, 10_000, *(task.obs_dim, task.act_dim)[: 2 - discrete])
-            data.size += 10_000
+            own = method == "hg_dagger"  # a replay for each agent
+            replays = [module.Replay(1 if own else S, 10_000, *(task.obs_dim, task.act_dim)[: 2 - discrete])
+                       for _ in range(S if own else 1)]
+            for data in replays:
+                data.size += 10_000
+            data = replays if own else data
         return module, module.Agent(args, task.obs_dim, task.act_dim, data)
 
 
@@ -380,7 +385,7 @@ def report(place=OUT):
 
 
 def main(words=None):
-    methods = sorted({path.stem for path in (ROOT / "algorithms").glob("*.py")} - {"bcq_tabular"})  # sweeps of a table
+    methods = sorted({path.stem for path in (ROOT / "algorithms").glob("*.py")} - TABLES)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=methods, choices=methods, help="files in algorithms/")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 1 2 4 8 16, with CUDA also 32 and 64")

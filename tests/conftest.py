@@ -1,4 +1,5 @@
 import concurrent.futures
+import functools
 import os
 import signal
 import unittest.mock
@@ -129,6 +130,13 @@ def small(method, dataset, out, **flags):
     steps = steps.get(method, dict(num_updates=40))
     shape = dict(batch_size=16, hidden_dim=16, eval_every=20, eval_episodes=2, device="cpu", out_dir=str(out))
     return import_module(method).Args(**{**data, **steps, **shape, **flags})
+
+
+@pytest.fixture(scope="session")
+def whole(hopper, tmp_path_factory):
+    """method -> the directory of a run of two agents, which is made once."""
+    return functools.cache(lambda method: import_module(method).main(
+        small(method, hopper, tmp_path_factory.mktemp("whole"), num_seeds=2)))
 
 
 def checkpoint(run):

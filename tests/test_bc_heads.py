@@ -1,13 +1,16 @@
 """Cloning with a density: each against torch.distributions, its integral, a loop by hand, and demonstrations of two modes."""
+import itertools
 import math
 from types import SimpleNamespace
 
 import bc
+import bc_categorical
 import bc_gaussian
 import bc_gmm
 import bc_vae
 import numpy as np
 import pytest
+import test_runs
 import torch
 from conftest import made, small
 from torch.distributions import (Categorical, Independent, MixtureSameFamily, Normal, TanhTransform, TransformedDistribution,
@@ -283,8 +286,172 @@ def test_vae_keeps_two_modes():
     assert keeps_both(two_modes(bc_vae, 500), 0.2, 0.7)
 
 
+# --- bc_categorical ---
+def bin_of(a, n):
+    """The bin of a number, by its edges."""
+    edges = [2 * k / n - 1 for k in range(n + 1)]
+    return max(k for k in range(n) if a >= edges[k])
+
+
+def hand_log_p(one, j, s, centres, i):
+    """Agent j's log probabilities of dimension i's bins for one state, given the centres of the dimensions before it."""
+    x = torch.cat([s, torch.tensor([c if e < i else 0.0 for e, c in enumerate(centres[:-1])]).double()])
+    layers = list(one.net)[::2]
+    for layer in layers:
+        x = x @ layer.weight[j, i] + layer.bias[j, i, 0]
+        x = x if layer is layers[-1] else x.clamp(min=0)
+    return (x - x.exp().sum().log()).tolist()
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 11, 21, 256])
+def test_bins_are_equal_and_their_centres_in_the_middle(n):
+    one = bc_categorical.Actor(S, OBS, ACT, H, n)
+    centres, edges = one.centre(torch.arange(n)), torch.linspace(-1, 1, n + 1)
+    torch.testing.assert_close(centres, torch.tensor([-1 + (k + 0.5) * 2 / n for k in range(n)]))
+    inside = torch.stack([centres, edges[:-1] + 1e-4 / n, edges[1:] - 1e-4 / n]).view(1, -1, 1).expand(S, -1, ACT)
+    assert torch.equal(one.index(inside), torch.arange(n).repeat(3).view(1, -1, 1).expand(S, -1, ACT))
+    assert one.index(torch.tensor([-1.0, 1.0])).tolist() == [0, n - 1]
+
+
+@pytest.mark.parametrize("A, n", [(1, 7), (2, 5)])
+@torch.no_grad()
+def test_joint_index_and_back(A, n, monkeypatch):
+    """Each cell of the grid has an index of its own; draws are the centres of the cells, by their probability."""
+    one = bc_categorical.Actor(S, OBS, A, H, n, joint=True)
+    cells = torch.cartesian_prod(*[one.centre(torch.arange(n))] * A).view(1, n**A, A).expand(S, -1, -1)
+    assert sorted(one.index(cells)[0].flatten().tolist()) == list(range(n**A))
+    assert torch.equal(one.index(cells + 0.9 / n), one.index(cells - 0.9 / n))
+    s = torch.randn(S, 1, OBS).expand(-1, n**A, -1)
+    log_p = one.log_prob(s, cells)  # a density: times the area of a cell it sums to one
+    torch.testing.assert_close((log_p.exp() * (2 / n) ** A).sum(-1), torch.ones(S))
+    sure = one.index(cells)
+    monkeypatch.setattr(one, "logits", lambda s, k: 1e4 * torch.nn.functional.one_hot(sure, n**A).float().transpose(1, 2))
+    torch.testing.assert_close(one(s), cells)
+
+
+def test_joint_loss_by_hand():
+    n, (s, a), expected = 4, batch(), []
+    one = actor(bc_categorical, 3.0, bins=n, joint=True)
+    for k in range(S):
+        total = 0.0
+        for i in range(B):
+            x, y = (bin_of(v, n) for v in a[k, i].tolist())
+            total -= (hand_log_p(one, k, s[k, i], [], 0)[x + n * y] + 2 * math.log(n / 2)) / B
+        expected.append(total)
+    np.testing.assert_allclose(bc_categorical.actor_loss(one, (s, a)).detach(), expected, rtol=1e-6)
+
+
+def test_discrete_actions_as_they_are(monkeypatch):
+    """The loss is torch's cross-entropy; draws are integers with the probabilities of the softmax."""
+    monkeypatch.setattr(bc_categorical, "DISCRETE", True)
+    torch.manual_seed(0)
+    one, s, a = bc_categorical.Actor(S, OBS, 4, H, 21), torch.randn(S, B, OBS), torch.randint(4, (S, B))
+    logits = one.net(s.unsqueeze(1)).squeeze(1)  # (S, B, 4)
+    reference = torch.nn.functional.cross_entropy(logits.flatten(0, 1), a.flatten(), reduction="none").view(S, B).mean(-1)
+    torch.testing.assert_close(bc_categorical.actor_loss(one, (s, a)), reference)
+    with torch.no_grad():
+        drawn = one(s[:, :1].expand(-1, 20_000, -1))
+    assert drawn.shape == (S, 20_000) and drawn.dtype == torch.long
+    for k in range(S):
+        np.testing.assert_allclose(drawn[k].bincount(minlength=4) / 20_000, logits[k, 0].softmax(-1).detach(), atol=0.02)
+
+
+def test_either_kind_of_actions_by_the_data(hopper, tmp_path, monkeypatch):
+    """Discrete, joint and factors in one process: what one run found does not stay for the next."""
+    monkeypatch.setattr(bc_categorical, "DISCRETE", False)  # set back at the end
+    cartpole = hopper.parents[1] / "cartpole" / "tiny-v0"
+    folder = bc_categorical.main(small("bc_categorical", cartpole, tmp_path / "0", num_seeds=3))
+    policy = torch.export.load(folder / "policy.pt2").module()
+    assert policy(torch.zeros(7, 4)).shape == (3, 7) and policy(torch.zeros(7, 4)).dtype == torch.long
+    assert len((folder / "eval.csv").read_text().split()) == 7
+    plane = made(tmp_path / "plane", [40], ["timeout"])
+    bc_categorical.main(small("bc_categorical", plane, tmp_path / "1", joint=True, eval_episodes=0))
+    for data, flags in (hopper, {"joint": True}), (cartpole, {"joint": True}):
+        with pytest.raises(SystemExit) as stopped:
+            bc_categorical.main(small("bc_categorical", data, tmp_path, **flags))
+        assert stopped.value.code == "bc_categorical: --joint is for continuous actions of one or two dimensions"
+    with pytest.raises(SystemExit) as stopped:
+        bc_categorical.main(small("bc_categorical", tmp_path / "nothing-here", tmp_path))
+    assert "bc_categorical: --dataset-id" in stopped.value.code and "\n" not in stopped.value.code
+
+
+def test_categorical_loss_by_hand_factor_by_factor():
+    n, (s, a), expected = 5, batch(), []
+    one = actor(bc_categorical, 3.0, bins=n)
+    for k in range(S):
+        total = 0.0
+        for i in range(B):
+            bins = [bin_of(x, n) for x in a[k, i].tolist()]
+            centres = [(2 * b + 1) / n - 1 for b in bins]
+            for j in range(ACT):
+                total -= (hand_log_p(one, k, s[k, i], centres, j)[bins[j]] + math.log(n / 2)) / B
+        expected.append(total)
+    np.testing.assert_allclose(bc_categorical.actor_loss(one, (s, a)).detach(), expected, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_a_dimension_sees_the_bins_before_it_and_nothing_else():
+    one = bc_categorical.Actor(S, OBS, 4, H, 5)
+    s, k = torch.randn(S, B, OBS), torch.randint(5, (S, B, 4))
+    for j in range(4):
+        changed = k.clone()
+        changed[..., j] = (k[..., j] + 2) % 5
+        same = (one.logits(s, k) == one.logits(s, changed)).flatten(2).all(-1)  # (S, 4)
+        assert same[:, : j + 1].all() and not same[:, j + 1 :].any()
+    low, high = ((2 * k + x) / 5 - 1 for x in (0.1, 1.9))  # within a bin it makes no difference where
+    assert torch.equal(one.log_prob(s, low), one.log_prob(s, high))
+
+
+def test_categorical_integrates_to_one_over_the_box():
+    torch.testing.assert_close(integral(actor(bc_categorical, 3.0, bins=5), 50), torch.ones(S, 2).double(), rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_categorical_draws_whole_actions_by_their_probability():
+    n, draws, s = 3, 30_000, batch()[0][:, 0]
+    one = actor(bc_categorical, 2.5, bins=n)
+    torch.manual_seed(0)
+    drawn = one(s.unsqueeze(1).expand(S, draws, OBS))
+    bins = ((drawn + 1) / 2 * n).long()
+    torch.testing.assert_close(drawn.float(), (2 * bins + 1) / n - 1)  # always a centre
+    for k in range(S):
+        found = (bins[k, :, 0] * n + bins[k, :, 1]).bincount(minlength=n * n) / draws
+        expected = []
+        for x, y in itertools.product(range(n), range(n)):
+            centres = [(2 * x + 1) / n - 1, (2 * y + 1) / n - 1]
+            expected.append(math.exp(hand_log_p(one, k, s[k], centres, 0)[x] + hand_log_p(one, k, s[k], centres, 1)[y]))
+        assert sum(expected) == pytest.approx(1) and 0.3 < max(expected) < 0.9
+        np.testing.assert_allclose(found, expected, atol=4 * 0.5 / draws**0.5)
+
+
+def test_categorical_keeps_two_modes():
+    assert keeps_both(two_modes(bc_categorical, 500), 0.2, 0.95)
+
+
+@pytest.fixture
+def categorical_as_others(monkeypatch):
+    """What is not finite has no bin: the generic poison goes into s."""
+    fixed = test_runs.fixed_batches
+    monkeypatch.setattr(test_runs, "OFFLINE", [*test_runs.OFFLINE, "bc_categorical"])
+    monkeypatch.setattr(test_runs, "fixed_batches", lambda method, module, patch, batches: fixed(
+        method, module, patch, [(s + 0 * r.unsqueeze(-1), a.nan_to_num(), *rest) for s, a, r, *rest in batches]))
+
+
+def test_categorical_runs_like_the_others(hopper, whole, tmp_path, monkeypatch, capsys, categorical_as_others):
+    test_runs.test_a_run_trains_and_writes_its_files("bc_categorical", hopper, whole, tmp_path / "files", capsys)
+    test_runs.test_shapes_are_what_their_comments_say("bc_categorical", whole)
+    test_runs.test_agent_k_is_not_agent_0_nor_seed_k("bc_categorical", hopper, whole, tmp_path / "seeds")
+    test_runs.test_resume_equals_uninterrupted_to_the_bit("bc_categorical", hopper, whole, tmp_path / "resume", monkeypatch)
+
+
+@pytest.mark.parametrize("test", [test_runs.test_nan_in_seed_0_leaves_the_others_bit_identical,
+                                  test_runs.test_seeds_together_equal_seeds_apart], ids=lambda test: test.__name__)
+def test_categorical_seeds_are_apart(test, monkeypatch, categorical_as_others):
+    test("bc_categorical", monkeypatch)
+
+
 # --- samplers as files ---
-@pytest.mark.parametrize("module", [bc_gmm, bc_vae])
+@pytest.mark.parametrize("module", [bc_gmm, bc_vae, bc_categorical])
 def test_exported_sampler_draws_anew_and_evaluation_does_not(module, hopper, tmp_path):
     a, b = (module.main(small(module.__name__, hopper, tmp_path / str(i), num_seeds=3)) for i in range(2))
     assert (a / "eval.csv").read_text() == (b / "eval.csv").read_text()

@@ -20,7 +20,7 @@ BUDGET = {  # lines above the first shared block
     "fisher_brc": 180, "algaedice": 170, "combo": 280, "ope": 130, "fqe": 120, "bc_gaussian": 95, "bc_gmm": 105,
     "bc_categorical": 110, "bc_vae": 115, "hg_dagger": 170, "pilotnet": 260, "trailnet": 230, "awr": 140, "marwil": 140,
     "awac": 155, "onestep": 150, "filtered_bc": 85, "bail": 160, "rvs": 120}
-WHOLE = {"bc": 375, "td3_bc": 415, "iql": 450, "cql": 455, "sac_offline": 435, "dqn_offline": 400, "dt": 520, "mopo": 600,
+WHOLE = {"bc": 375, "td3_bc": 415, "iql": 450, "cql": 455, "sac_offline": 435, "dqn_offline": 400, "dt": 520, "mopo": 600, "combo": 600,
          "sac": 560}  # lines of a file
 
 

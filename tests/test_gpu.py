@@ -14,10 +14,10 @@ FLAGS = {"mopo": dict(batch_size=40, rollout_batch=20, model_epochs=2, model_hid
 def args_of(method, hopper, out, device):
     """Args of a run of 40 updates of 3 agents on a device."""
     args = dict(device=device, num_seeds=3)
-    if method not in ("dagger", "bcq_tabular"):
+    if method not in ("dagger", "hg_dagger", "bcq_tabular"):
         return small(method, hopper, out, **args, **FLAGS.get(method, {}))
     args.update(num_updates=40, eval_every=20, out_dir=str(out))
-    if method == "dagger":
+    if method.endswith("dagger"):
         args.update(expert=str(ROOT / "datasets/hopper/expert.pt2"), rounds=2, steps_per_round=60, batch_size=16,
                     hidden_dim=16, eval_episodes=1)
     return import_module(method).Args(**args)

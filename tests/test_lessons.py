@@ -15,6 +15,7 @@ spec = importlib.util.spec_from_file_location("lessons", ROOT / "benchmark_resul
 lessons = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(lessons)
 import lessons_tabular as tabular
+import lessons_weights as weights
 
 DRAWN = [name for name in lessons.NAMES if (ROOT / "benchmark_results" / "lessons" / name).is_dir()]
 COMMAND = "bc.py --dataset-id hopper/medium-v0 --num-updates 40 --eval-every 20 --eval-episodes 1 --device cpu"
@@ -93,11 +94,11 @@ def test_a_wrong_name_is_told_what_there_is(monkeypatch, capsys):
     assert stop.value.code == 2 and "no lesson nothing; there are" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["correction", "cql_bound", "expectile", "stitching"])
+@pytest.mark.parametrize("name", ["correction", "cql_bound", "expectile", "stitching", "awr"])
 def test_a_computed_lesson_has_no_commands_and_says_what_it_computes(name, places, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lessons.py", "--list", name])
     lessons.main()
-    assert capsys.readouterr().out == f"{name}: computed in lessons_tabular.py\n"
+    assert capsys.readouterr().out == f"{name}: computed in lessons_{'weights' if name == 'awr' else 'tabular'}.py\n"
     monkeypatch.setattr(sys, "argv", ["lessons.py", name])
     lessons.main()
     kept = ROOT / "benchmark_results" / "lessons" / name / "message.txt"
@@ -169,3 +170,18 @@ def test_new_data_correct_the_policy_and_old_ones_do_not():
     assert (offline[-1] > 0.01).sum() > 25 and offline[-1].mean() > 2
     assert np.allclose(offline[-1], offline[-10], atol=0.02)  # and so it stays
     assert found.earned[1, -1].mean() > found.earned[0, -1].mean() + 1
+
+
+def test_only_td_advantages_tell_the_actions_of_one_state_apart():
+    found, right = weights.awr_numbers(), weights.RIGHT
+    carlo, td = found.advantage[-1], found.advantage[0]
+    assert ((td > 0) == found.right).all() and 0.8 < ((carlo > 0) == found.right).mean() < 0.95
+    half = weights.EPISODES // 2
+    rare = carlo[:, half:][found.right[:, half:]]  # what the careless demonstrator does right
+    assert (rare[rare < 2] < 0).mean() > 0.5
+    whole = np.cumsum(found.right[0, :, ::-1], 1)[:, ::-1]  # R of Monte-Carlo, V its mean
+    np.testing.assert_allclose(carlo[0], whole - whole.mean(0), atol=1e-4)
+    reward = found.right[0].astype(float)
+    np.testing.assert_allclose(td[0], reward - reward.mean(0), atol=1e-4)
+    earned = found.policy.sum(-1).mean(1)
+    assert (np.diff(earned) < 0).all() and earned[0] > weights.STEPS * right["careful"] - 0.1 > earned[-1] + 0.5

@@ -1,8 +1,10 @@
 """marwil.py: both heads and their losses by hand, the moving norm of the advantages, returns, and a bandit in closed form."""
 import csv
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
+import awr
 import marwil
 import numpy as np
 import pytest
@@ -249,3 +251,29 @@ def test_bad_flags_are_one_sentence(flags, hopper, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         marwil.main(small("marwil", hopper, tmp_path / "out", **flags))
     assert stopped.value.code == "marwil: --td-lambda and --norm-rate have to be at most 1" and not (tmp_path / "out").exists()
+
+
+# --- discrete actions, as in awr.py ---
+@pytest.mark.parametrize("module", [awr, marwil])
+def test_discrete_actions_by_hand(module, monkeypatch):
+    monkeypatch.setattr(module, "DISCRETE", True)
+    torch.manual_seed(0)
+    actor, s = module.Actor(S, O, A, 8), torch.randn(S, B, O)
+    a, w, expected = torch.randint(A, (S, B)), torch.rand(S, B), np.zeros(S)
+    for k in range(S):
+        for i in range(B):
+            logits = head(actor.net, k, s[k, i])[:A]
+            expected[k] -= w[k, i].item() * (logits[a[k, i]] - logits.logsumexp(0)).item() / B
+            assert actor(s)[k, i] == logits.argmax()
+    close(module.actor_loss(actor, (s, a, w)), expected)
+    assert len(list(actor.parameters())) == 6  # no deviation, which no gradient would reach
+
+
+@pytest.mark.parametrize("module", [awr, marwil])
+def test_a_run_on_discrete_actions(module, hopper, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "DISCRETE", False)  # main sees what the data are
+    cartpole = Path(hopper).parents[1] / "cartpole" / "tiny-v0"
+    folder = module.main(small(module.__name__, cartpole, tmp_path, num_seeds=2, turn_steps=20))
+    policy = torch.export.load(folder / "policy.pt2").module()
+    assert policy(torch.zeros(7, 4)).shape == (2, 7) and policy(torch.zeros(7, 4)).dtype == torch.long
+    assert len((folder / "eval.csv").read_text().splitlines()) == 5

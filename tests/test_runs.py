@@ -1,6 +1,5 @@
 """What a run leaves behind: files, evaluations, independent seeds, and the same end after any interruption."""
 import csv
-import functools
 import json
 import math
 import os
@@ -33,12 +32,6 @@ def network(method):
 
 def run(method, hopper, out, **flags):
     return import_module(method).main(small(method, hopper, out, **flags))
-
-
-@pytest.fixture(scope="session")
-def whole(hopper, tmp_path_factory):
-    """method -> the directory of a run of two agents, which is made once."""
-    return functools.cache(lambda method: run(method, hopper, tmp_path_factory.mktemp("whole"), num_seeds=2))
 
 
 @pytest.mark.parametrize("method", METHODS)

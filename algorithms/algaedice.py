@@ -1,0 +1,565 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy>=2.0", "gymnasium[mujoco,box2d]>=1.2.3", "minari[hdf5,hf]>=0.5.4",
+#   "tyro>=0.9.20", "tqdm>=4.66", "wandb>=0.19"]
+# ///
+"""AlgaeDICE: Policy Gradient from Arbitrary Experience.
+Nachum, Dai, Kostrikov, Chow, Li & Schuurmans, 2019. https://arxiv.org/abs/1912.02074
+
+Return regularised by a divergence of d_pi, what pi visits, from d_D, the data: max over pi, min over Q of
+
+    J       = E[ f(delta) ] + (1 - gamma) w E[ Q(s_0, a_0) ],   a_0 ~ pi(s_0),   f(x) = |x|^p / p
+    delta_j = r + gamma (1 - d) (Q~_j(s', a') - alpha log pi(a'|s')) - Q_j(s, a),   a' ~ pi(s')
+    Q~_j    = m Q_j + (1 - m) min_i Q'_i,   with a gradient in Q_j, here as well
+    L_Q     = sum_j J_j;   where it is least f'(delta) / w is d_pi / d_D, if m = 1
+    L_pi    = -mean_j( E[ zeta_j delta_j ] + (1 - gamma) w E[ Q_j(s_0, a_0) ] ) + 1e-4 sum_W |offdiagonal W'W|^2
+              zeta_j = max(f'(delta_j), 0), taken as fixed: the gradient of -J in pi
+    L_alpha = E[ -alpha (log pi(a'|s') + H) ],   H = -dim(A)                  SAC (18)
+
+    python algorithms/algaedice.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000
+
+Logs q_start, Q where episodes begin, and zeta, mean of zeta_j / w: 1 if that is the ratio. If m < 1 it rests
+at the visits for a discount of m gamma, (1 - gamma) / (1 - m gamma) of them: 0.01 for the authors' m.
+Departs from the paper: as in the authors' code Q~, mean_j, max(., 0), entropy, W'W; w is alpha^(p - 1) of the
+paper's alpha f(delta / alpha). Unlike there s_0 is the data's, not the environment's; PyTorch's first weights.
+Shapes: S seeds, B batch, E critics, N transitions. The S seeds train side by side and never interact.
+"""
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Args:
+    # --- run ---
+    dataset_id: str = "hopper/medium-v0"  # shipped, local or hub id; a+b mixes two; or a directory
+    env_id: str = ""  # environment to evaluate in; empty: the one that the data names
+    seed: int = 0  # seeds every random stream; agent k of a run is not the agent of --seed k
+    num_seeds: int = 1  # independent agents trained side by side
+    num_updates: int = 1_000_000  # critic gradient steps of each agent
+    eval_every: int = 5_000  # updates between two evaluations
+    eval_episodes: int = 10  # episodes per agent and evaluation; 0: no evaluation
+    eval_workers: int = 4  # at most so many processes evaluate while training goes on
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where to train
+    out_dir: str = "runs"  # the run's directory is made in here
+    resume: str = ""  # directory of an interrupted run to go on with, with its flags
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "offline-rl"  # its project
+    # --- optimisation ---
+    batch_size: int = 256  # transitions per agent and update
+    actor_lr: float = 1e-3  # of Adam, actor and temperature
+    critic_lr: float = 1e-3  # of Adam, critic
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # step of the target networks
+    hidden_dim: int = 256  # units in each hidden layer
+    # --- AlgaeDICE ---
+    algae_alpha: float = 0.01  # w, weight of Q where episodes begin
+    exponent: float = 1.5  # p
+    online_share: float = 0.05  # m, of Q~ that is Q; the paper's objective has 1
+    policy_freq: int = 2  # critic steps for each step of the actor, the temperature and the target networks
+
+
+# --- networks ---
+class Linear(nn.Module):
+    """`nn.Linear` for many independent networks at once: weight (*lead, d_in, d_out)."""
+
+    def __init__(self, lead, d_in, d_out):
+        super().__init__()
+        bound = d_in**-0.5  # the bound nn.Linear draws from
+        self.weight = nn.Parameter(torch.empty(*lead, d_in, d_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(*lead, 1, d_out).uniform_(-bound, bound))
+
+    def forward(self, x):  # (*lead, B, d_in) -> (*lead, B, d_out)
+        one = self.weight.shape[-1] == 1  # column, with which a batched product is slow
+        return ((x * self.weight.mT).sum(-1, keepdim=True) if one else x @ self.weight) + self.bias
+
+
+def mlp(lead, *sizes):
+    layers = [m for d_in, d_out in zip(sizes, sizes[1:]) for m in (Linear(lead, d_in, d_out), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class Critic(nn.Module):
+    """Twin Q(s, a)."""
+
+    def __init__(self, S, obs_dim, act_dim, d_hidden, E=2):
+        super().__init__()
+        self.net = mlp((S, E), obs_dim + act_dim, d_hidden, d_hidden, 1)
+
+    def forward(self, s, a):  # (S, B, .) -> (S, E, B)
+        return self.net(torch.cat([s, a], -1).unsqueeze(1)).squeeze(-1)
+
+
+class Actor(nn.Module):
+    """Gaussian policy squashed by tanh."""
+
+    def __init__(self, S, obs_dim, act_dim, d_hidden):
+        super().__init__()
+        self.net = mlp((S,), obs_dim, d_hidden, d_hidden, 2 * act_dim)
+
+    def forward(self, s):  # mode: (S, B, obs_dim) -> (S, B, act_dim)
+        return torch.tanh(self.net(s).chunk(2, -1)[0])
+
+    def sample(self, s):  # -> a (S, B, act_dim), log_prob (S, B)
+        mean, log_std = self.net(s).chunk(2, -1)
+        log_std = -5 + 3.5 * (torch.tanh(log_std) + 1)  # in [-5, 2]
+        eps = torch.randn_like(mean)
+        u = mean + log_std.exp() * eps
+        log_normal = -0.5 * eps.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log (1 - tanh(u)^2), finite for every u
+        return torch.tanh(u), (log_normal - log_slope).sum(-1)
+
+
+class Temperature(nn.Module):
+    def __init__(self, S):
+        super().__init__()
+        self.log_alpha = nn.Parameter(torch.zeros(S))
+
+    def forward(self):  # (S, 1)
+        return self.log_alpha.exp().unsqueeze(-1)
+
+
+# --- losses: each returns one value per seed, (S,) ---
+def residual(critic, critic_target, actor, alpha, s_0, batch, args):
+    """delta_j = r + gamma (1 - d) (Q~_j - alpha log pi)(s', a') - Q_j(s, a);  Q_j(s_0, a_0);  log pi(a'|s')"""
+    (s, a, r, s_next, d), n = batch, s_0.shape[1]
+    s_pi = torch.cat([s_0, s_next], 1)
+    pi, log_prob = actor.sample(s_pi)  # (S, n + B, act_dim), (S, n + B)
+    q_pi, log_prob = critic(s_pi, pi), log_prob[:, n:]  # (S, E, n + B), (S, B)
+    q_target = critic_target(s_next, pi[:, n:]).amin(1, keepdim=True)  # (S, 1, B)
+    q_next = args.online_share * q_pi[..., n:] + (1 - args.online_share) * q_target  # (S, E, B)
+    soft = q_next - (alpha().detach() * log_prob).unsqueeze(1)
+    y = r.unsqueeze(1) + args.gamma * (1 - d).unsqueeze(1) * soft
+    return y - critic(s, a), q_pi[..., :n], log_prob
+
+
+def critic_loss(critic, critic_target, actor, alpha, s_0, batch, args):
+    """L_Q = sum_j E[ |delta_j|^p / p ] + (1 - gamma) w E[ Q_j(s_0, a_0) ]"""
+    delta, q_0, _ = residual(critic, critic_target, actor, alpha, s_0, batch, args)
+    penalty = delta.abs().pow(args.exponent).mean(-1) / args.exponent  # (S, E)
+    return (penalty + (1 - args.gamma) * args.algae_alpha * q_0.mean(-1)).sum(1)
+
+
+def actor_loss(actor, critic, critic_target, alpha, s_0, batch, args):
+    """L_pi = -mean_j( E[ zeta_j delta_j ] + (1 - gamma) w E[ Q_j(s_0, a_0) ] ) + 1e-4 sum_W |offdiagonal W'W|^2
+    zeta_j = max(delta_j, 0)^(p - 1);  log pi(a'|s') (S, B);  zeta_j (S, E, B)"""
+    delta, q_0, log_prob = residual(critic, critic_target, actor, alpha, s_0, batch, args)
+    zeta = delta.detach().clamp(0, 1e6).pow(args.exponent - 1)
+    gain = (zeta * delta).mean(-1) + (1 - args.gamma) * args.algae_alpha * q_0.mean(-1)  # (S, E)
+    products = [layer.weight.mT @ layer.weight for layer in actor.net[::2]]  # (S, d_out, d_out)
+    squares = [x.square().sum((-2, -1)) - x.diagonal(dim1=-2, dim2=-1).square().sum(-1) for x in products]
+    return 1e-4 * sum(squares) - gain.mean(1), log_prob.detach(), zeta
+
+
+def alpha_loss(alpha, log_prob, act_dim):
+    """L_alpha = E[ -alpha (log pi(a'|s') + H) ],  H = -dim(A)"""
+    return (-alpha() * (log_prob - act_dim)).mean(-1)
+
+
+# --- agent ---
+def prepare(data, args):
+    """Observations and rewards stay as they are."""
+    if args.exponent <= 1:
+        fail(f"--exponent {args.exponent} is not above 1: |x|^p is not convex and smooth")
+    if args.online_share > 1:
+        fail(f"--online-share {args.online_share} is a share above 1")
+
+
+class Agent(nn.Module):
+    def __init__(self, args, obs_dim, act_dim, data):
+        super().__init__()
+        self.args, self.data, self.updates_per_call, S = args, data, args.policy_freq, args.num_seeds
+        self.actor = self.policy = Actor(S, obs_dim, act_dim, args.hidden_dim)
+        self.critic = Critic(S, obs_dim, act_dim, args.hidden_dim)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.alpha = Temperature(S)
+        self.actor_opt, self.critic_opt = adam(self.actor, args.actor_lr), adam(self.critic, args.critic_lr)
+        self.alpha_opt = adam(self.alpha, args.actor_lr)
+        first = data.episode.diff(prepend=data.episode[:1] - 1).nonzero().flatten()
+        self.first = data.obs[first]  # (episodes, obs_dim)
+        self.start = data.obs[first[:: -(-len(first) // 64)]].expand(S, -1, -1)  # where at most 64 episodes begin
+
+    def update(self):
+        args, critic, target, actor, alpha = self.args, self.critic, self.critic_target, self.actor, self.alpha
+        for _ in range(args.policy_freq):
+            batch = sample(self.data, args)
+            i = torch.randint(0, len(self.first), batch[2].shape, device=args.device)
+            s_0 = self.first[i]  # (S, B, obs_dim)
+            l_q = critic_loss(critic, target, actor, alpha, s_0, batch, args)
+            step(self.critic_opt, l_q)
+        l_pi, log_prob, zeta = actor_loss(actor, critic, target, alpha, s_0, batch, args)
+        step(self.actor_opt, l_pi)
+        l_alpha = alpha_loss(alpha, log_prob, batch[1].shape[-1])
+        step(self.alpha_opt, l_alpha)
+        polyak(target, critic, args.tau)
+        with torch.no_grad():
+            q_start = critic(self.start, actor(self.start)).amin(1).mean(-1)
+        zeta = zeta.mean((1, 2)) / args.algae_alpha
+        return {"critic_loss": l_q, "actor_loss": l_pi, "alpha_loss": l_alpha, "q_start": q_start, "zeta": zeta}
+
+
+# --- shared: imports ---
+import contextlib, copy, functools, json, math, os, pickle, re, signal, subprocess, sys, threading, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import gymnasium as gym, minari, numpy as np, tqdm, tyro
+
+METHOD = Path(__file__).stem
+DISCRETE = hasattr(Agent, "discrete")  # whether actions are integers from 0 to act_dim - 1
+
+
+def fail(message):
+    sys.exit(f"{METHOD}: {' '.join(message.split())}")
+
+
+@contextlib.contextmanager
+def attempt(problem):
+    try:
+        yield
+    except Exception as error:
+        fail(f"{problem}: {error or type(error).__name__}")
+
+
+# --- shared: optimisation ---
+def adam(module, lr):
+    """Fused Adam; on CUDA its rate and step count live on the device, where a CUDA graph can change them."""
+    lr = torch.tensor(lr, device=next(module.parameters()).device)
+    return torch.optim.Adam(module.parameters(), lr=lr, fused=True, capturable=lr.is_cuda)
+
+
+def step(opt, loss):
+    """One step down the loss (S,). Its sum keeps seeds apart, since each weight belongs to one seed."""
+    params = opt.param_groups[0]["params"]
+    for p, grad in zip(params, torch.autograd.grad(loss.sum(), params)):
+        p.grad = grad
+    opt.step()
+
+
+@torch.no_grad()
+def polyak(target, online, tau):
+    """target <- (1 - tau) target + tau online"""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+def cuda_graph(update):
+    """Yields what `update` returns: after three calls it is recorded once, and replayed from then on."""
+    for _ in range(3):
+        yield update()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # records without running
+        losses = update()
+    while True:
+        graph.replay()  # fills the tensors in `losses` again
+        yield losses
+
+
+# --- shared: data ---
+def load(args):
+    """The Task of --dataset-id with its N transitions: obs, next_obs (N, obs_dim), action (N, act_dim) in
+    [-1, 1] or (N,), reward, terminated, episode (N,). Steps cut off by a time limit are not terminated."""
+    name, env, episodes = args.dataset_id, None, []
+    with attempt(f"--dataset-id {name} is no directory, set of datasets/ or the hub, or no match for --env-id"):
+        for part in [name] if Path(name).exists() else name.split("+"):
+            dataset = find(part)
+            for episode in dataset.iterate_episodes():
+                obs, action, reward = flat(episode.observations), episode.actions, episode.rewards
+                assert len(obs) == len(action) + 1, "episodes need one observation more than actions"
+                episodes.append((obs[:-1], obs[1:], reward, episode.terminations, action))
+        length = torch.tensor([len(action) for *_, action in episodes])
+        assert sum(length) >= args.batch_size, f"{sum(length)} transitions are fewer than --batch-size"
+        *floats, action = (torch.tensor(np.concatenate(x)) for x in zip(*episodes))
+        env = gym.make(args.env_id) if args.env_id else None
+        if args.eval_episodes and dataset.env_spec and not env:
+            env = dataset.recover_environment(eval_env=True)
+        space = env.action_space if env else dataset.action_space
+        data = Task(env, space, floats[0].shape[-1], dataset.storage.metadata)
+        data.obs, data.next_obs, data.reward, data.terminated = (x.float() for x in floats)
+        data.episode = torch.arange(len(length)).repeat_interleave(length)
+        fits = data.obs.ndim == 2 and data.reward.ndim == 1 and action.shape[1:] == space.shape
+        assert fits, f"observations have to be vectors, rewards numbers, actions of {space}"
+        assert not env or data.obs[0].shape == flat(env.reset()[0]).shape, "the observations differ"
+        action = (action - data.shift) / data.scale
+        assert not DISCRETE or 0 <= action.min() <= action.max() < data.act_dim, f"its actions leave {space}"
+        assert all(x.isfinite().all() for x in (*floats, action)), "there is NaN or inf in it"
+        data.action = action.long() if DISCRETE else action.float().clamp(-1, 1)
+    return data
+
+
+def find(name):
+    """A Minari dataset: a directory, one that ships with this repository, a local one, one of the hub."""
+    for place in Path(name), Path(__file__).resolve().parent.parent / "datasets" / name:
+        if (place / "data").is_dir():
+            return minari.MinariDataset(place / "data")
+    assert re.search(r"\w-v\d+$", name), "an id ends in a version like -v0"
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else a line for each retry
+    return minari.load_dataset(name, download=True)
+
+
+def sample(data, args):
+    """B transitions for each seed, drawn with replacement: s, a, r, s_next, d."""
+    i = torch.randint(len(data.reward), (args.num_seeds, args.batch_size), device=args.device)
+    return data.obs[i], data.action[i], data.reward[i], data.next_obs[i], data.terminated[i]
+
+
+# --- shared: task ---
+REFERENCE = {  # D4RL's returns of a random and an expert policy, d4rl/infos.py
+    "HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3), "Walker2d": (1.629008, 4592.3)}
+
+
+class Task:
+    """Where a policy acts: it sees (obs - mean) / std, and the environment gets shift + scale * action."""
+
+    def __init__(self, env, space, obs_dim, metadata):
+        assert isinstance(space, gym.spaces.Discrete) == DISCRETE, f"{METHOD} cannot choose actions in {space}"
+        if DISCRETE:
+            self.act_dim, self.shift, self.scale = int(space.n), torch.tensor(int(space.start)), torch.tensor(1)
+        else:
+            low, high = torch.tensor(space.low), torch.tensor(space.high)
+            self.act_dim, self.shift, self.scale = len(low), (high + low) / 2, (high - low) / 2
+        self.obs_dim, self.mean, self.std = obs_dim, torch.zeros(obs_dim), torch.ones(obs_dim)
+        own = metadata.get("ref_min_score", math.nan), metadata.get("ref_max_score", math.nan)
+        self.spec, self.reference = (env.spec, REFERENCE.get(env.spec.name, own)) if env else (None, own)
+
+
+def flat(obs):
+    """Observations as vectors: the entries of a Dict are joined in the order of their names."""
+    if isinstance(obs, dict):
+        return np.concatenate([flat(obs[key]) for key in sorted(obs)], -1)
+    return np.asarray(obs, np.float32)
+
+
+@functools.lru_cache(1)
+def environments(spec, n):
+    return [gym.make(pickle.loads(spec), disable_env_checker=True) for _ in range(n)]
+
+
+# --- shared: evaluation ---
+class RawPolicy(nn.Module):
+    """On the CPU, from raw observations, (B, obs_dim) or (S, B, obs_dim), to actions of the environment."""
+
+    def __init__(self, policy, S, task):
+        super().__init__()
+        self.policy, self.S = copy.deepcopy(policy).cpu(), S
+        for name in ("mean", "std", "shift", "scale"):
+            self.register_buffer(name, getattr(task, name).cpu())
+        self.eval().requires_grad_(False)
+
+    def forward(self, obs):
+        s = (obs - self.mean) / self.std
+        return self.shift + self.scale * self.policy(s.expand(self.S, *s.shape[-2:]))
+
+
+def export(policy, path):
+    """`torch.export.load(path).module()` maps obs (B, obs_dim) to actions (S, B, act_dim), or (S, B)."""
+    example, batch = torch.zeros(2, len(policy.mean)), {0: torch.export.Dim("B")}
+    torch.export.save(torch.export.export(policy, (example,), dynamic_shapes=(batch,)), path)
+
+
+@torch.no_grad()
+def evaluate(policy, spec, seeds, gamma, reference):
+    """Return, its deviation, discounted return, length, score (S, 5) of episodes begun with `seeds` (S, n)."""
+    policy, envs, (S, n) = pickle.loads(policy), environments(spec, seeds.size), seeds.shape
+    obs = np.stack([flat(env.reset(seed=int(seed))[0]) for env, seed in zip(envs, seeds.flat)])
+    finite = torch.stack([p.flatten(1).isfinite().all(1) for p in policy.parameters()]).all(0)  # (S,)
+    sums = np.zeros((3, S * n)) + np.where(finite, 0, math.nan).repeat(n)
+    running = np.flatnonzero(finite.repeat_interleave(n)).tolist()
+    torch.manual_seed(int(seeds[0, 0]))  # for policies that draw
+    while running:
+        action = policy(torch.from_numpy(obs).view(S, n, -1)).flatten(0, 1).numpy()
+        for i in running.copy():
+            next_obs, reward, terminated, truncated, _ = envs[i].step(action[i])
+            obs[i] = flat(next_obs)
+            sums[:, i] += reward, gamma ** sums[2, i] * reward, 1
+            if terminated or truncated or sums[2, i] == 10_000:  # an episode has to end
+                running.remove(i)
+    (total, discounted, length), (low, high) = sums.reshape(3, S, n), reference
+    score = 100 * (total.mean(1) - low) / (high - low)
+    return np.stack([total.mean(1), total.std(1), discounted.mean(1), length.mean(1), score], 1)
+
+
+# --- shared: run ---
+def parse(argv=None):
+    """The flags. With --resume they are those of that run, and few of them may be given anew."""
+    args = tyro.cli(Args, args=argv)
+    if args.resume:
+        with attempt(f"--resume {args.resume} is no use"):
+            saved = Args(**json.loads(Path(args.resume, "args.json").read_text()))
+            args = tyro.cli(Args, args=argv, default=saved)
+            given = {name for name, was in vars(saved).items() if getattr(args, name) != was}
+            fixed = given - {"resume", "num_updates", "device", "eval_workers", "track"}
+            assert not fixed, f"{', '.join(sorted(fixed))} cannot be given anew"
+    return args
+
+
+def setup(args):
+    """Checks numbers and the device, seeds the random streams."""
+    least = {"seed": 0, "eval_episodes": 0, **getattr(Agent, "least", {})}
+    for name, value in vars(args).items():
+        low = least.get(name, 1 if Args.__annotations__[name] in (int, int | None) else 0)
+        if type(value) in (int, float) and not low <= value <= (1 if name in ("gamma", "tau") else sys.maxsize):
+            fail(f"--{name.replace('_', '-')} cannot be {value}")
+    with attempt(f"--device {args.device} is not here"):
+        torch.zeros(1, device=args.device)
+    torch.manual_seed(args.seed)
+    if args.device != "cpu":
+        torch.cuda.set_stream(torch.cuda.Stream(args.device))  # on the default one no graph can be recorded
+        torch.set_float32_matmul_precision("high")  # TF32
+
+
+def start_worker():
+    """A worker keeps to one core and ends with its parent, however that ends."""
+    torch.set_num_threads(1)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+class Run:
+    """The directory of a run: its losses and evaluations so far, and checkpoint.pt for --resume."""
+
+    def __init__(self, args, agent, task, total):
+        self.args, self.agent, self.task, self.total, self.saved = args, agent, task, total, time.time()
+        self.update, self.seconds, self.lost, self.pool, self.jobs, self.stop = 0, 0.0, set(), None, [], False
+        self.losses = ["update,seed,name,value"]
+        self.evals = ["update,seed,episodes,return_mean,return_std,discounted_return_mean,length_mean,score"]
+        self.opts = [x for x in vars(agent).values() if isinstance(x, torch.optim.Optimizer)]
+        data = re.sub("[/+]+", "-", getattr(args, "dataset_id", args.env_id))[-80:].strip("-.")
+        self.dir = Path(args.resume or f"{args.out_dir}/{data}__{METHOD}__{args.seed}__{time.time_ns()}")
+        if (self.dir / "checkpoint.pt").exists():
+            self.restore(self.dir / "checkpoint.pt")
+        self.write("args.json", json.dumps({**vars(args), "resume": ""}, indent=1))
+        if args.track:
+            with attempt("--track"):
+                import wandb
+                wandb.init(project=args.wandb_project_name, id=self.dir.name, resume="allow", config=vars(args))
+        self.track = wandb.log if args.track else lambda row: None
+        self.listen(self.interrupt)
+        self.bar = tqdm.tqdm(desc=METHOD, total=total, initial=self.update, unit=" updates", mininterval=1)
+
+    def listen(self, handler):
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, handler)
+
+    def interrupt(self, number, frame):
+        self.stop = True  # the training loop looks at it
+
+    def log(self, losses):
+        """Notes the losses {name: (S,)}, for which the host waits for the device; takes in evaluations."""
+        self.track({"update": self.update, **{name: loss.mean().item() for name, loss in losses.items()}})
+        for k, values in enumerate(zip(*(loss.tolist() for loss in losses.values()))):
+            for name, value in zip(losses, values):
+                self.losses.append(f"{self.update},{k},{name},{value:.6g}")
+                if not math.isfinite(value) and k not in self.lost:
+                    self.lost.add(k)
+                    self.bar.write(f"seed {k}: {name} is {value} at update {self.update}", sys.stderr)
+        if len(self.lost) == self.args.num_seeds:
+            fail(f"no seed is finite any more; the last checkpoint is in {self.dir}")
+        self.collect()
+
+    def evaluate(self):
+        """Hands the policy to a worker, which evaluates it while training goes on."""
+        args, task, S, n = self.args, self.task, self.args.num_seeds, self.args.eval_episodes
+        if n and task.spec:
+            seeds = np.random.SeedSequence([args.seed, self.update]).generate_state(S * n).reshape(S, n)
+            self.pool = self.pool or ProcessPoolExecutor(args.eval_workers, get_context("spawn"), start_worker)
+            job = pickle.dumps(RawPolicy(self.agent.policy, S, task)), pickle.dumps(task.spec), seeds
+            self.listen(signal.SIG_IGN)  # a worker that starts now inherits it: signals are its parent's
+            with attempt(f"the evaluation of update {self.update} failed"):
+                self.jobs.append((self.update, self.pool.submit(evaluate, *job, args.gamma, task.reference)))
+            self.listen(self.interrupt)
+
+    def collect(self, wait=False):
+        """Takes in evaluations, in their order: those that are done, or all."""
+        n = self.args.eval_episodes
+        while self.jobs and (wait or self.jobs[0][1].done()):
+            update, job = self.jobs.pop(0)
+            with attempt(f"the evaluation of update {update} failed"):
+                rows = job.result()
+            self.evals += ["%d,%d,%d,%.4f,%.4f,%.4f,%.4f,%.4f" % (update, k, n, *x) for k, x in enumerate(rows)]
+            mean = rows.mean(0)
+            self.bar.set_postfix_str(f"return {mean[0]:.1f}, score {mean[4]:.1f}".removesuffix(", score nan"))
+            self.track({"update": update, "return": mean[0], "score": mean[4]})
+
+    def write(self, name, content, save=lambda text, path: path.write_text(text)):
+        """A file gets its name when it is whole."""
+        with attempt(f"{self.dir / name} cannot be written"):
+            self.dir.mkdir(parents=True, exist_ok=True)
+            save(content, self.dir / f"part-{name}")
+            (self.dir / f"part-{name}").replace(self.dir / name)
+
+    def save(self):
+        """Brings the files up to date. It waits for evaluations first, so that none is in flight."""
+        self.collect(wait=True)
+        self.seconds, self.saved = self.seconds + time.time() - self.saved, time.time()
+        self.write("losses.csv", "\n".join(self.losses) + "\n")
+        self.write("eval.csv", ("\n".join(self.evals) + "\n").replace(",nan\n", ",\n"))
+        rng = torch.get_rng_state(), torch.cuda.get_rng_state() if self.args.device != "cpu" else None
+        state = {"agent": self.agent.state_dict(), "moments": [opt.state_dict()["state"] for opt in self.opts],
+                 "rng": rng, "counters": [self.update, self.seconds, self.losses, self.evals]}
+        self.write("checkpoint.pt", state, torch.save)
+
+    def restore(self, path):
+        with attempt(f"--resume: {path} cannot be used"):
+            state = torch.load(path, "cpu", weights_only=True)
+            self.agent.load_state_dict(state["agent"])
+            for opt, moments in zip(self.opts, state["moments"]):
+                opt.load_state_dict({**opt.state_dict(), "state": moments})
+            torch.set_rng_state(state["rng"][0])
+            if self.args.device != "cpu" and state["rng"][1] is not None:
+                torch.cuda.set_rng_state(state["rng"][1])
+            self.update, self.seconds, self.losses, self.evals = state["counters"]
+
+    def finish(self):
+        """After the last update exports policy.pt2 and notes where it was made; says how a run ended."""
+        self.pool = None  # which ends its workers
+        self.listen(signal.default_int_handler)
+        if self.stop:
+            fail(f"stopped at update {self.update}; go on with --resume {self.dir}")
+        self.write("policy.pt2", RawPolicy(self.agent.policy, self.args.num_seeds, self.task), export)
+        about = {"method": METHOD, "update": self.update, "wall_seconds": self.seconds, "cores": os.cpu_count()}
+        about["device"] = torch.cuda.get_device_name() if self.args.device != "cpu" else "cpu"
+        about["commit"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null")
+        about |= {module.__name__: module.__version__ for module in (torch, np, gym, minari)}
+        self.write("run.json", json.dumps(about, indent=1))
+        print(f"{METHOD}: {self.bar.postfix or 'done'} after {self.update} updates; files in {self.dir}")
+        return self.dir
+
+
+def train(run, update):
+    """The training loop; `update` returns its losses {name: (S,)}."""
+    n = run.agent.updates_per_call
+    with run.bar:
+        while run.update < run.total and not run.stop:
+            losses = update()
+            run.update += n
+            run.bar.update(n)
+            last = run.update >= run.total
+            if last or run.update % 1000 < n:
+                run.log(losses)
+            if last or run.update % run.args.eval_every < n:
+                run.evaluate()
+            if time.time() - run.saved > (120 if run.jobs else 60):  # to save is to wait for evaluations
+                run.save()
+        run.save()
+    return run.finish()
+
+
+# --- shared: main ---
+def main(args):
+    """Trains, evaluates, saves; returns the run's directory."""
+    setup(args)
+    with torch.device(args.device):  # where tensors are made
+        data = load(args)
+        prepare(data, args)
+        agent = Agent(args, data.obs_dim, data.act_dim, data)
+    update = agent.update if args.device == "cpu" else cuda_graph(agent.update).__next__
+    return train(Run(args, agent, data, args.num_updates), update)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to save
+    main(parse())
