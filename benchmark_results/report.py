@@ -47,10 +47,13 @@ NAMES = {  # in the order of rows; other labels follow as they are
     "algaedice": "AlgaeDICE", "iql": "IQL", "onestep": "One-step", "awr": "AWR", "marwil": "MARWIL", "awac": "AWAC",
     "mopo": "MOPO", "mopo_h100": "MOPO, h = 100", "combo": "COMBO", "dqn_offline": "DQN offline",
     "bcq_discrete": "BCQ (discrete)", "cql_discrete": "CQL (discrete)", "bcq_tabular": "BCQ (tabular)",
-    "bear_gridworld": "BEAR (tabular)", "dagger": "DAgger", "hg_dagger": "HG-DAgger", "pilotnet": "PilotNet",
-    "trailnet": "TrailNet", "ddpg": "DDPG", "td3": "TD3", "sac": "SAC", "dqn": "DQN",
-    "fqe": "FQE (the policy it judges)", "ope": "OPE (the policy it judges)"}
-JUDGES = "fqe", "ope"  # the score in their cells is another's: in no table of methods
+    "dagger": "DAgger", "hg_dagger": "HG-DAgger", "pilotnet": "PilotNet", "trailnet": "TrailNet", "ddpg": "DDPG",
+    "td3": "TD3", "sac": "SAC", "dqn": "DQN", "fqe": "FQE (the policy it judges)", "ope": "OPE (the policy it judges)",
+    "bear_gridworld_support": "BEAR's grid, support, tight to loose",
+    "bear_gridworld_kl": "BEAR's grid, KL, tight to loose",
+    "bear_gridworld_penalty": "BEAR's grid, penalty, tight to loose"}
+ASIDE = "fqe", "ope", "bear_gridworld"  # in no table of methods: another's policy, or agents that differ by more than a seed
+EXACT = "bcq_tabular", "bear_gridworld", "ope"  # whose evaluations are expectations
 LINES = {  # of curves.png: five a panel at most; the other curves stand on their dataset's page in REPORT.md
     "hopper/medium-v0": ("bc", "td3_bc", "iql", "cql", "sac_offline"),
     "hopper/medium-replay-v0": ("bc", "td3_bc", "iql", "filtered_bc", "sac_offline"),
@@ -157,7 +160,7 @@ class Cell:
         self.about["wall_seconds"] = float(self.about["wall_seconds"])
         self.final, self.curve = self.values[-1][np.isfinite(self.values[-1])], np.nanmean(self.values, 1)
         self.range = np.fmin.reduce(self.values, 1), np.fmax.reduce(self.values, 1)
-        self.exact = self.about["method"] in ("bcq_tabular", "bear_gridworld")  # expectations
+        self.exact = self.about["method"] in EXACT
         self.whole = self.size >= self.planned and len(self.final) == self.seeds
         self.label, self.budget = folder.name, f"{self.size:,} {unit}"
         self.name = named(self.label)
@@ -364,7 +367,7 @@ def hours(cells):
 
 def brief(cells, data, notes):
     """The README's part."""
-    methods = [cell for cell in cells if cell.about["method"] not in JUDGES]
+    methods = [cell for cell in cells if cell.about["method"] not in ASIDE]
     episodes = " or ".join(map(str, sorted({cell.episodes for cell in cells if not cell.exact})))
     parts, others, alone = equal_budgets(methods, data)
     parts.insert(0, fill(
@@ -484,7 +487,7 @@ def texts(cells, data):
         "the plots a line is the mean over seeds, its band reaches from the lowest to the highest, the dotted line is "
         "the mean of the data. Only rows of equal budgets are to be compared."),
         *pages(cells, data, remarks(cells, data, notes)), "## Best of training", *best(cells), "## Aggregates",
-        aggregates(groups([cell for cell in cells if cell.about["method"] not in JUDGES]))]
+        aggregates(groups([cell for cell in cells if cell.about["method"] not in ASIDE]))]
     if full:
         head = "", "method", "by", "updates", "evaluations"
         report += ["## Public implementations", table(head, full), origins]
