@@ -52,7 +52,7 @@ NAMES = {  # in the order of rows; other labels follow as they are
     "bear_gridworld_support": "BEAR's grid, support, tight to loose",
     "bear_gridworld_kl": "BEAR's grid, KL, tight to loose",
     "bear_gridworld_penalty": "BEAR's grid, penalty, tight to loose"}
-ASIDE = "fqe", "ope", "bear_gridworld"  # in no table of methods: another's policy, or agents that differ by more than a seed
+ASIDE = "fqe", "ope", "bear_gridworld"  # in no table of methods: another's policy, or agents that are no seeds
 EXACT = "bcq_tabular", "bear_gridworld", "ope"  # whose evaluations are expectations
 LINES = {  # of curves.png: five a panel at most; the other curves stand on their dataset's page in REPORT.md
     "hopper/medium-v0": ("bc", "td3_bc", "iql", "cql", "sac_offline"),
