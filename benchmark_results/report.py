@@ -160,7 +160,7 @@ class Cell:
         self.about["wall_seconds"] = float(self.about["wall_seconds"])
         self.final, self.curve = self.values[-1][np.isfinite(self.values[-1])], np.nanmean(self.values, 1)
         self.range = np.fmin.reduce(self.values, 1), np.fmax.reduce(self.values, 1)
-        self.exact = self.about["method"] in EXACT
+        self.exact, self.alike = self.about["method"] in EXACT, self.about["method"] != "bear_gridworld"
         self.whole = self.size >= self.planned and len(self.final) == self.seeds
         self.label, self.budget = folder.name, f"{self.size:,} {unit}"
         self.name = named(self.label)
@@ -175,12 +175,12 @@ class Cell:
 
     def score(self):
         """Mean ± standard deviation over seeds, with n - 1."""
-        deviation = np.std(self.final, ddof=1) if len(self.final) > 1 else None
+        deviation = np.std(self.final, ddof=1) if len(self.final) > 1 and self.alike else None
         return "return " * (not self.scored) + self.text(self.mean, deviation)
 
     def runs(self):
         """Each run, or from ENOUGH on the interval of their mean."""
-        if len(self.final) < ENOUGH:
+        if len(self.final) < ENOUGH or not self.alike:
             return ", ".join(map(self.text, self.final))
         return f"{self.text(self.mean, half_width(self.final))} (95 %)"
 

@@ -65,6 +65,8 @@ def write(root, curves):
         path, name = base / image[1], "chart-" + Path(image[1]).stem.replace(".", "-")
         if name in charts:
             return f'<div class="chart" id="{name}"></div>'
+        if not path.exists():
+            return f"<em>{path.name} is not there</em>"
         inside = base64.b64encode(path.read_bytes()).decode()
         return f'<img src="data:{mimetypes.guess_type(path)[0]};base64,{inside}" alt="{image[2]}">'
 

@@ -255,6 +255,15 @@ def test_public_implementations_stand_beside_the_cells(root):
         assert f"| `a-v0` | BC | {by} | 500 to 1,000 | {found} |" in own
 
 
+def test_agents_that_are_no_seeds_have_no_deviation(root):
+    for name in ("bear_gridworld_kl", "bear_gridworld_support"):
+        put(root, "line", name, [0, 1, 2, 3, 4, 5], about={"method": "bear_gridworld"})
+    put(root, "a-v0", "bc", [1, 2])
+    report.main([])
+    row = rows(root, "benchmark_results/REPORT.md")["BEAR's grid, KL, tight to loose"]
+    assert row == ["1,000 updates", "6", "2.5", "0.0, 1.0, 2.0, 3.0, 4.0, 5.0"] and "BEAR" not in text(root)
+
+
 def test_hours_of_a_default_run(root):
     (root / "algorithms").mkdir()
     for method, flag in ("bc", "num_updates: int = 1_000_000"), ("iql", "num_updates: int = 360_000"), (
@@ -510,7 +519,7 @@ def test_the_page_holds_everything(root, monkeypatch, capsys):
     page = importlib.import_module("report_html")
     monkeypatch.setattr(page, "chart", lambda inside, mean, shown: {"of": [cell.name for cell in inside]})
     (root / "benchmark_results" / "lessons").mkdir()
-    (root / "benchmark_results" / "lessons" / "README.md").write_text("# Lessons\n\n![x](x.png)\n\nA </sentence>.\n")
+    (root / "benchmark_results" / "lessons" / "README.md").write_text("# Lessons\n\n![x](x.png) ![y](y.png)\n")
     (root / "benchmark_results" / "lessons" / "x.png").write_bytes(b"png")
     (root / "film.gif").write_bytes(b"gif")
     with open(root / "README.md", "a") as file:
@@ -518,7 +527,8 @@ def test_the_page_holds_everything(root, monkeypatch, capsys):
     report.main(["--html"])
     found = (root / "benchmark_results" / "report.html").read_text()
     for part in ('{"chart-a-v0": {"of": ["BC"]}}', '<div class="chart" id="chart-a-v0"></div>', "// bundle 6.4",
-                 "data:image/png;base64,cG5n", "data:image/gif;base64,Z2lm", "<td>1.0, 7.0, 2.0</td>", "A film"):
+                 "data:image/png;base64,cG5n", "y.png is not there", "data:image/gif;base64,Z2lm", "A film",
+                 "<td>1.0, 7.0, 2.0</td>"):
         assert part in found
     assert 'src="http' not in found and 'src="plots' not in found
 
