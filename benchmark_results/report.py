@@ -2,23 +2,23 @@
 
     python benchmark_results/report.py            # writes them
     python benchmark_results/report.py --check    # status 1 if REPORT.md or the README are not what the raw files give
+    python benchmark_results/report.py --html     # report.html too: all in one file, with curves to switch on and off
 
 A cell is a directory DATASET/LABEL/ beside this file with a run's args.json, run.json and eval.csv. Its result is the
-last evaluation of every seed, its budget the update of that evaluation; label, budget and seeds name its row.
-notes.toml explains cells by hand: "hopper/medium-v0/iql" = "A sentence." stands beside the table. DATASET/data.json
-keeps the mean return of the data, for clones that do not have the set; it is written where the set is there and the
-file is not.
+last evaluation of every seed, its budget the update of that evaluation. A seed that was lost, whose rows hold nan or
+are not there, counts no longer. DATASET/data.json keeps the mean return of the data, for clones that do not have the
+set; it is written where the set is there and the file is not. notes.toml explains cells by hand, outside.toml holds
+what public implementations reach on the same files.
 
-A cell of up to three seeds shows its runs, one of four their mean and range; from five on there is an interval:
-Student's t over seeds. A seed that was lost, whose rows hold nan or are not there, counts no longer.
-Aggregates (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264): interquartile mean of all runs, fraction of runs
-above tau, and the probability that a run of X beats one of Y on the same dataset, ties half, mean over datasets; with
-95 % percentile intervals of a bootstrap that draws seeds within each dataset.
+The README has a table for each set of datasets that some method has, with all methods that have them all, of the budget
+that most cells of a dataset have and of any that FEW have. Other budgets stand in a list, a method alone on its task in
+a sentence. So no place is empty, and a new cell finds its own.
 
-What is compared: a group is the set of (dataset, budget) pairs of some method, two datasets at least; its members are
-the methods that have them all, normalised, run to the end, no seed lost, with the same number of seeds, five at least,
-on each. Aggregates are made within groups of two members or more: nothing crosses from one budget on a dataset to
-another, no row is ranked.
+Aggregates (Agarwal et al. 2021, https://arxiv.org/abs/2108.13264) are made within groups: the methods that have a set
+of two (dataset, budget) pairs or more, normalised, run to the end, no seed lost, with the same number of seeds, five
+at least, on each. They are the interquartile mean of all runs, and the probability that a run of X beats one of Y on
+the same dataset, ties half, mean over datasets; with 95 % percentile intervals of a bootstrap that draws seeds within
+each dataset. Nothing crosses from one budget on a dataset to another, no row is ranked.
 """
 import argparse
 import csv
@@ -39,24 +39,39 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = {  # in the order of rows and colours; other labels follow as they are
-    "bc": "BC", "td3_bc": "TD3+BC", "iql": "IQL", "cql": "CQL", "sac_offline": "SAC offline", "dt": "DT",
-    "mopo": "MOPO", "mopo_h100": "MOPO, h = 100", "bc_diffusion": "Diffusion BC", "dagger": "DAgger",
-    "dqn_offline": "DQN offline", "filtered_bc": "Filtered BC, 10 %", "bc_gaussian": "Gaussian BC", "bc_gmm": "GMM BC",
-    "awac": "AWAC", "onestep": "One-step", "ddpg_offline": "DDPG offline", "bcq": "BCQ", "fisher_brc": "Fisher-BRC",
-    "bcq_discrete": "BCQ (discrete)", "cql_discrete": "CQL (discrete)", "bcq_tabular": "BCQ (tabular)"}
-SHORT = "cql", "dt", "mopo", "mopo_h100", "bcq", "fisher_brc"  # what half an hour to three hours of one core give
+NAMES = {  # in the order of rows; other labels follow as they are
+    "bc": "BC", "bc_gaussian": "Gaussian BC", "bc_categorical": "Categorical BC", "bc_gmm": "GMM BC",
+    "bc_vae": "VAE BC", "bc_diffusion": "Diffusion BC", "filtered_bc": "Filtered BC, 10 %", "bail": "BAIL",
+    "rvs": "RvS", "dt": "DT", "sac_offline": "SAC offline", "ddpg_offline": "DDPG offline", "bcq": "BCQ",
+    "bear": "BEAR", "brac": "BRAC", "td3_bc": "TD3+BC", "cql": "CQL", "fisher_brc": "Fisher-BRC",
+    "algaedice": "AlgaeDICE", "iql": "IQL", "onestep": "One-step", "awr": "AWR", "marwil": "MARWIL", "awac": "AWAC",
+    "mopo": "MOPO", "mopo_h100": "MOPO, h = 100", "combo": "COMBO", "dqn_offline": "DQN offline",
+    "bcq_discrete": "BCQ (discrete)", "cql_discrete": "CQL (discrete)", "bcq_tabular": "BCQ (tabular)",
+    "dagger": "DAgger", "hg_dagger": "HG-DAgger", "pilotnet": "PilotNet", "trailnet": "TrailNet", "ddpg": "DDPG",
+    "td3": "TD3", "sac": "SAC", "dqn": "DQN", "fqe": "FQE (the policy it judges)", "ope": "OPE (the policy it judges)",
+    "bear_gridworld_support": "BEAR's grid, support, tight to loose",
+    "bear_gridworld_kl": "BEAR's grid, KL, tight to loose",
+    "bear_gridworld_penalty": "BEAR's grid, penalty, tight to loose"}
+ASIDE = "fqe", "ope", "bear_gridworld"  # in no table of methods: another's policy, or agents that are no seeds
+EXACT = "bcq_tabular", "bear_gridworld", "ope"  # whose evaluations are expectations
+LINES = {  # of curves.png: five a panel at most; the other curves stand on their dataset's page in REPORT.md
+    "hopper/medium-v0": ("bc", "td3_bc", "iql", "cql", "sac_offline"),
+    "hopper/medium-replay-v0": ("bc", "td3_bc", "iql", "filtered_bc", "sac_offline"),
+    "halfcheetah/medium-v0": ("bc", "td3_bc", "iql"),
+    "lunarlander/mixed-v0": ("dqn_offline", "bcq_discrete", "cql_discrete")}
+WIDE, FEW = 6, 3  # columns of methods, beyond which they become rows; cells that make a table of their budget
 RAW = "args.json", "run.json", "eval.csv"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-ABSENT, RESAMPLES = "–", 10_000
+ABSENT, RESAMPLES = "–", 10_000  # absent: what an older run.json did not note
 ENOUGH = 5  # seeds for an interval
 FLAT, FALL = 1 / 200, 1 / 4  # what is flagged: a deviation over seeds to the mean, a seed's fall from its best
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-                     "legend.frameon": False, "font.size": 9, "legend.fontsize": 8, "savefig.dpi": 150})
+                     "legend.frameon": False, "font.size": 9, "legend.fontsize": 8, "savefig.dpi": 100})
 
 
 def named(label):
-    return NAMES.get(label, label)
+    known = label.removesuffix("_1m")  # gpu.toml's
+    return NAMES.get(known, known) + ", 1M" * (known != label)
 
 
 def fail(message, status=2):
@@ -89,11 +104,6 @@ def beats(x, y):
     """P(X > Y) + P(X = Y) / 2 over all pairs of seeds (Mann-Whitney), mean over datasets."""
     x, y = x[..., :, None], y[..., None, :]
     return ((x > y) + (x == y) / 2).mean((-3, -2, -1))
-
-
-def above(runs, taus):
-    """Fraction of the runs above each tau."""
-    return np.stack([(runs > tau).mean((-2, -1)) for tau in taus], -1)
 
 
 def bootstrap(statistic, *runs):
@@ -145,31 +155,34 @@ class Cell:
         args, self.about = load(args, json.loads, "seed"), load(about, json.loads, "method", "wall_seconds")
         self.dataset, self.seeds = args.get("dataset_id") or args.get("env_id", "?"), args.get("num_seeds", 1)
         self.updates, self.values, self.scored, self.episodes = load(table, lambda text: evaluations(text, self.seeds))
-        unit = "steps" if "num_steps" in args else "updates"
+        self.unit = unit = "steps" if "num_steps" in args else "updates"
         self.size, self.planned = int(self.updates[-1]), int(args.get(f"num_{unit}", 0))
         self.about["wall_seconds"] = float(self.about["wall_seconds"])
         self.final, self.curve = self.values[-1][np.isfinite(self.values[-1])], np.nanmean(self.values, 1)
-        self.exact = self.about["method"] == "bcq_tabular"  # expectations
+        self.range = np.fmin.reduce(self.values, 1), np.fmax.reduce(self.values, 1)
+        self.exact, self.alike = self.about["method"] in EXACT, self.about["method"] != "bear_gridworld"
         self.whole = self.size >= self.planned and len(self.final) == self.seeds
         self.label, self.budget = folder.name, f"{self.size:,} {unit}"
-        self.row = f"{named(self.label)}, {self.budget}, {self.seeds} seed{'s' * (self.seeds > 1)}"
-        self.row += ", short" * (self.label in SHORT)
+        self.name = named(self.label)
+        self.row = f"{self.name}, {self.budget}, {self.seeds} seed{'s' * (self.seeds > 1)}"
         self.mean, self.best, self.best_at = self.curve[-1], self.curve.max(), self.updates[self.curve.argmax()]
 
     def text(self, x, width=None):
         """One decimal of a score, three digits of a return."""
         places = 1 if self.scored else int(max(0, 2 - np.floor(np.log10(max(abs(self.mean), 1e-3)))))
-        return f"{x:.{places}f}" + (f" ± {width:.{places}f}" if width is not None else "")
+        numbers = [x] if width is None else [x, width]
+        return "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}".join(f"{number:.{places}f}" for number in numbers)
 
-    def result(self):
-        x = self.final
-        if len(x) < 4:
-            found = ", ".join(map(self.text, x))
-        elif len(x) < ENOUGH:
-            found = f"{self.text(self.mean)} ({self.text(x.min())} to {self.text(x.max())})"
-        else:
-            found = self.text(self.mean, half_width(x))
-        return "return " * (not self.scored) + found
+    def score(self):
+        """Mean ± standard deviation over seeds, with n - 1."""
+        deviation = np.std(self.final, ddof=1) if len(self.final) > 1 and self.alike else None
+        return "return " * (not self.scored) + self.text(self.mean, deviation)
+
+    def runs(self):
+        """Each run, or from ENOUGH on the interval of their mean."""
+        if len(self.final) < ENOUGH or not self.alike:
+            return ", ".join(map(self.text, self.final))
+        return f"{self.text(self.mean, half_width(self.final))} (95 %)"
 
 
 def read_all():
@@ -190,9 +203,13 @@ def read_all():
     return sorted(cells, key=lambda cell: (-cell.size, cell.budget, cell.order, -cell.seeds, cell.dataset))
 
 
+def slug(dataset):
+    return re.sub(r"[^\w.-]+", "-", dataset)
+
+
 def beside(dataset):
     """Where the facts of a set are kept."""
-    return ROOT / "benchmark_results" / re.sub(r"[^\w.-]+", "-", dataset) / "data.json"
+    return ROOT / "benchmark_results" / slug(dataset) / "data.json"
 
 
 def of_data(dataset):
@@ -233,10 +250,6 @@ def fill(text):
     return textwrap.fill(text, 120, break_on_hyphens=False, break_long_words=False)
 
 
-def title(key):
-    return ", ".join(f"{dataset} ({budget})" for dataset, budget in key)
-
-
 def flags(cell, cells, mean_of_data):
     """Why a cell is to be read with care."""
     top, last = np.fmax.reduce(cell.values), cell.values[-3:].mean(0)  # NaN of a seed that was lost
@@ -253,59 +266,189 @@ def flags(cell, cells, mean_of_data):
     for bc in cells:
         same = (bc.dataset, bc.budget, bc.scored) == (cell.dataset, cell.budget, cell.scored)
         if bc.about["method"] == "bc" and same and cell.final.max() < bc.final.min():
-            yield f"every run below every one of {named(bc.label)} of the same budget ({bc.result()})"
+            yield f"every run below every one of {bc.name} of the same budget ({bc.runs()})"
     if cell.final.max() < mean_of_data:
         yield f"every run below the mean of the data ({cell.text(mean_of_data)})"
 
 
-def scores(cells, data, notes):
-    """The table of methods and datasets, with what there is to say about its cells."""
-    absent, remarks = dict.fromkeys(data, ABSENT), []
-    rows = {"mean of the data": absent.copy()}
+def remarks(cells, data, notes):
+    """{key of a cell: why it is to be read with care}."""
+    found = {}
     for cell in cells:
-        mean, mark = data[cell.dataset][cell.scored], ""
-        if np.isfinite(mean):
-            rows["mean of the data"][cell.dataset] = "return " * (not cell.scored) + cell.text(mean)
-        said = "; ".join(flags(cell, cells, mean))
+        said = "; ".join(flags(cell, cells, data[cell.dataset][cell.scored]))
         if said or cell.key in notes:
-            remark = ". ".join(filter(None, (said, str(notes.get(cell.key, "No explanation yet.")))))
-            remarks.append(f"{len(remarks) + 1}. {named(cell.label)} on {cell.dataset}, {cell.budget}: {remark}")
-            mark = f" <sup>{len(remarks)}</sup>"
-        rows.setdefault(cell.row, absent.copy())[cell.dataset] = cell.result() + mark
+            found[cell.key] = ". ".join(filter(None, (said, str(notes.get(cell.key, "No explanation yet.")))))
+    return found
+
+
+def mean_of_data(cell, data):
+    mean = data[cell.dataset][cell.scored]
+    return "return " * (not cell.scored) + cell.text(mean) if np.isfinite(mean) else None
+
+
+def equal_budgets(cells, data):
+    """Tables of equal budgets as text, the cells of other budgets, and those that are alone on their task."""
+    sizes, own, texts, others, alone, shown, position = {}, {}, [], [], [], [], [*data].index
+    for cell in cells:
+        sizes.setdefault((cell.dataset, cell.unit), Counter())[cell.size] += 1
+    for cell in sorted(cells, key=lambda cell: (cell.order, position(cell.dataset))):
+        count = sizes[cell.dataset, cell.unit]
+        if count[cell.size] >= FEW or cell.size == max(count, key=lambda size: (count[size], size)):
+            own.setdefault((cell.size, cell.budget), {}).setdefault(cell.label, {})[cell.dataset] = cell
+        else:
+            others.append(cell)
+    keys = {(tuple(sorted(found, key=position)), budget)
+            for budget, methods in own.items() for found in methods.values()}
+    for key, budget in sorted(keys, key=lambda x: (-len(x[0]), [*map(position, x[0])], -x[1][0])):
+        members = [[found[x] for x in key] for found in own[budget].values() if found.keys() >= set(key)]
+        inside = sum(members, [])
+        if len(members) == 1:
+            alone += inside
+            continue
+        shown += inside
+        lines = [["", *(f"`{dataset}`" for dataset in key)]]
+        means = ["mean of the data", *(mean_of_data(cell, data) for cell in members[0])]
+        lines += [means] * (None not in means)
+        lines += [[found[0].name, *(cell.score() for cell in found)] for found in members]
+        if len(members) <= WIDE:
+            lines = [*zip(*lines)]
+        where = f"{len(key)} datasets" if len(key) > 1 else f"{len(members)} methods"
+        numbers = sorted({cell.seeds for cell in inside})
+        seeds = " or ".join(map(str, numbers)) + " seed" + "s" * (numbers[-1] > 1)
+        texts += [f"**{where}, {budget[1]}, {seeds}**", table(lines[0], lines[1:])]
+    return texts, others, [cell for cell in alone if cell not in shown]
+
+
+def sources(text):
+    """Of outside.toml: name, updates, {cell: runs as scores}, where they come from."""
+    for source in tomllib.loads(text)["source"]:
+        low, high = source.get("reference", (0, 100))  # of returns
+        runs = {key: 100 * (np.array(x, float) - low) / (high - low) for key, x in source["runs"].items()}
+        command = f"`{source['command']}`" if source["command"] else "command line not kept"
+        yield source["name"], source["updates"], runs, (
+            f"{source['name']}: {source['url']}, {source['version']}, {command}. {source['about']}")
+
+
+def outside(cells):
+    """Of public implementations on the same files: the end beside ours, every evaluation, where they come from."""
+    path, ends, full, origins = ROOT / "benchmark_results" / "outside.toml", [], [], []
+    for name, updates, runs, origin in load(path, lambda text: [*sources(text)]) if path.exists() else []:
+        span = f"{updates[0]:,} to {updates[-1]:,}"
+        known = {cell.key: cell for cell in cells if cell.size == updates[-1]}
+        for key, theirs in runs.items():
+            if cell := known.get(key):
+                place = f"`{cell.dataset}`", cell.name
+                last = ", ".join(map(cell.text, theirs[:, -1]))
+                ends.append([*place, cell.score(), f"{last} ({name})", f"{cell.mean - theirs[:, -1].mean():+.1f}"])
+                ours = cell.curve[np.isin(cell.updates, updates)]
+                for by, x in [*((name, x) for x in theirs), (f"here, mean of {cell.seeds} seeds", ours)]:
+                    full.append([*place, by, span, ", ".join(map(cell.text, x))])
+        origins.append(origin)
+    return ends, full, fill(" ".join(origins))
+
+
+def hours(cells):
+    """[(default budget, hours of each method)]: from the rates in the README's table of methods, else from a cell."""
+    rates, rows = {}, {}
+    for cell in cells:
+        if cell.label == cell.about["method"] and not cell.exact:
+            rates[cell.label] = cell.seeds * cell.size / cell.about["wall_seconds"], ", from a cell's wall time"
+    measured = r"^\| \[`(\w+)\.py`\].*\| ([\d.]+), [\d.]+ \|$"
+    for method, rate in re.findall(measured, (ROOT / "README.md").read_text(), re.M):
+        rates[method] = float(rate), ""
+    order = [*NAMES].index
+    for method in sorted(rates, key=lambda x: (order(x) if x in NAMES else len(NAMES), x)):
+        path = ROOT / "algorithms" / f"{method}.py"
+        if budget := path.exists() and re.search(r"^    num_(\w+): int = ([\d_]{4,})", path.read_text(), re.M):
+            time, name = int(budget[2]) / rates[method][0] / 3600, re.split(", | \\(the", named(method))[0]
+            rows.setdefault(f"{int(budget[2]):,} {budget[1]}{rates[method][1]}", []).append(f"{name} {time:.2g}")
+    return [[budget, ", ".join(found)] for budget, found in rows.items()]
+
+
+def brief(cells, data, notes):
+    """The README's part."""
+    methods = [cell for cell in cells if cell.about["method"] not in ASIDE]
     episodes = " or ".join(map(str, sorted({cell.episodes for cell in cells if not cell.exact})))
-    exact = ", ".join(dict.fromkeys(named(cell.label) for cell in cells if cell.exact))
-    about = (
-        "Normalised score at the last evaluation, " + ", ".join(filter(None, (
-            f"{episodes} episodes per seed" * bool(episodes), f"of {exact} its expectation" * bool(exact))))
-        + f": each run up to three seeds, mean and range of four, mean ± half-width of Student's 95 % interval from "
-        f"{ENOUGH} on."
-        + " Where there is no reference, the cell is a return." * any(not cell.scored for cell in cells)
-        + " Short is what half an hour to three hours of one core give." * any(cell.label in SHORT for cell in cells)
-        + f" {ABSENT} is absent. The budget is part of a row's name: on a dataset, rows of unequal budgets are not to "
-        "be compared.")
-    care = ["To be read with care:", "\n".join(remarks)] * bool(remarks)
-    return "\n\n".join([fill(about), table(["", *(f"`{dataset}`" for dataset in absent)],
-                                           [[name, *row.values()] for name, row in rows.items()]), *care])
+    parts, others, alone = equal_budgets(methods, data)
+    parts.insert(0, fill(
+        "Normalised score at the last evaluation, " + f"{episodes} episodes per seed: " * bool(episodes)
+        + "mean ± standard deviation over seeds." + " Without a reference it is a return." * any(
+            not cell.scored for cell in cells) + " A table has all methods that have its budget on all its datasets."))
+    if panels(cells):
+        parts.append("![Learning curves: mean and range of the seeds](benchmark_results/plots/curves.png)")
+    if others:
+        parts += ["**Other budgets**, not to be compared with the tables above or with each other", table(
+            ["", "method", "budget", "seeds", "score"],
+            [[f"`{cell.dataset}`", cell.name, cell.budget, str(cell.seeds), cell.score()] for cell in others])]
+    if alone:
+        said = [f"{cell.row}, on `{cell.dataset}` {cell.score()}" + " (exact)" * cell.exact for cell in alone]
+        parts.append(fill(f"Alone on a task: {'; '.join(said)}."))
+    if notes:
+        parts.append(fill(" ".join(notes.values())))
+    ends, _, origins = outside(cells)
+    if ends:
+        parts += ["**Public implementations**, unmodified, on the same files and budgets; difference = ours - theirs",
+                  table(["", "method", "here", "there, each run", "difference"], ends), origins]
+    if times := hours(cells):
+        parts += [fill(
+            "**Hours of a default run**, one seed on one core: computed, not run. They are the default budget over the "
+            "updates per second in the table of methods below, so without evaluations, steps of environments or MOPO's "
+            "model. Where no rate has been measured, it is the wall time of a cell, scaled to the default budget and "
+            "divided by its seeds: evaluations and other runs beside it make that rather too long."),
+            table(["default run", "hours"], times)]
+    return parts + [fill(
+        "[REPORT.md](benchmark_results/REPORT.md) has each run, every curve, what is to be read with care, the best of "
+        "training, and the commit, hardware, versions and wall time of every cell. `python benchmark_results/report.py "
+        "--html` puts all of it and the lessons into one file, report.html, where a click on a legend switches a line "
+        "on or off (it needs `pip install \"altair[save]\"`).")]
+
+
+def pages(cells, data, why):
+    """A section for each dataset: every run, every curve, what is to be read with care."""
+    parts = []
+    for dataset in data:
+        inside = [cell for cell in cells if cell.dataset == dataset]
+        cared = [cell for cell in inside if cell.key in why]
+        mark = {cell.key: f" <sup>{i}</sup>" for i, cell in enumerate(cared, 1)}
+        head = "", "budget", "seeds", "mean ± deviation", f"runs; from {ENOUGH} on their mean's interval"
+        rows = [[cell.name + mark.get(cell.key, ""), cell.budget, str(cell.seeds), cell.score(), cell.runs()]
+                for cell in inside]
+        mean = mean_of_data(inside[0], data)
+        parts += [f"## {dataset}", *[f"Mean of the data: {mean}."] * bool(mean), table(head, rows)]
+        if not all(cell.exact for cell in inside):
+            parts.append(f"![Learning curves on {dataset}: mean and range of the seeds](plots/{slug(dataset)}.png)")
+        parts += ["\n".join(f"{i}. {cell.name}, {cell.budget}: {why[cell.key]}"
+                            for i, cell in enumerate(cared, 1))] * bool(cared)
+    return parts
 
 
 def aggregates(found):
     if not found:
         return fill(f"No two methods have equal budgets and {ENOUGH} seeds or more on the same two datasets or more: "
-                    "there is nothing to aggregate or to compare, and no plot of it.")
+                    "there is nothing to aggregate or to compare.")
     parts = [fill(
         "Interquartile mean of the normalised scores of all runs, and the probability that a run of the row's method "
         "beats one of the column's on the same dataset (ties half, mean over datasets), with 95 % intervals of a "
         f"bootstrap that draws seeds within each dataset ({RESAMPLES:,} resamples; Agarwal et al. 2021). With few "
-        "seeds these are too narrow, since they cannot leave the range of the seeds; one without width says only that no "
-        "seeds overlap. Each table holds the methods with these budgets on these datasets, and no others.")]
+        "seeds these are too narrow, since they cannot leave the range of the seeds; one without width says only that "
+        "no seeds overlap. Each table holds the methods with these budgets on these datasets, and no others.")]
     for key, runs in found.items():
         rows = []
         for x in runs:
             mean = "{:.1f} [{:.1f}, {:.1f}]".format(*bootstrap(iqm, runs[x]))
             pairs = (["{:.2f} [{:.2f}, {:.2f}]".format(*bootstrap(beats, runs[x], runs[y])), ""][x == y] for y in runs)
             rows.append([f"{named(x)}, {runs[x].shape[1]} seeds", mean, *pairs])
-        parts += [f"**{title(key)}**", table(["", "IQM", *(f"beats {named(y)}" for y in runs)], rows)]
-    return "\n\n".join([*parts, "![Interquartile means; fraction of runs above a score](plots/aggregate.png)"])
+        title = ", ".join(f"{dataset} ({budget})" for dataset, budget in key)
+        parts += [f"**{title}**", table(["", "IQM", *(f"beats {named(y)}" for y in runs)], rows)]
+    return "\n\n".join(parts)
+
+
+def best(cells):
+    about = ("The evaluation with the highest mean over seeds, chosen after the fact: for comparison with tables that "
+             "report it. It is in no other table.")
+    return [fill(about), table(["", "method", "last", "best of training", "at"], [
+        [f"`{cell.dataset}`", cell.row, cell.text(cell.mean), cell.text(cell.best), f"{cell.best_at:,}"]
+        for cell in sorted(cells, key=lambda cell: cell.dataset)])]
 
 
 def provenance(cells):
@@ -315,16 +458,14 @@ def provenance(cells):
         hardware = [known[key] for key in ("gpu", "device", "cpu") if key in known]
         if "threads" in known:
             hardware.append(f"threads: {known['threads']}")
-        rows.append([f"`{cell.dataset}`: {cell.row}", cell.text(cell.mean),
-                     f"{cell.text(cell.best)} at {cell.best_at:,}", str(cell.episodes),
+        rows.append([f"`{cell.dataset}`: {cell.row}", str(cell.episodes),
                      known.get("commit", ABSENT)[:7], ", ".join(hardware),
                      ", ".join(f"{part} {known[part]}" for part in parts if part in known),
                      str(timedelta(seconds=round(cell.about["wall_seconds"]))), known.get(speed, ABSENT)])
     apart = any(cell.about["method"] == "mopo" and "threads" in cell.about for cell in cells)  # as it was at first
-    about = ("Best of training is the evaluation with the highest mean over seeds, chosen after the fact; it is in no "
-             "other table. Updates per second count an update of all seeds as one, with evaluations beside it."
+    about = ("Updates per second count an update of all seeds as one, with evaluations beside it."
              + " Where threads are named, MOPO's wall time leaves out the fit of its model." * apart)
-    head = "cell", "last", "best of training", "episodes", "commit", "hardware", "versions", "wall time", "updates/s"
+    head = "cell", "episodes", "commit", "hardware", "versions", "wall time", "updates/s"
     return fill(about) + "\n\n" + table(head, rows)
 
 
@@ -332,82 +473,93 @@ def texts(cells, data):
     """What REPORT.md and README.md should hold."""
     path, readme = ROOT / "benchmark_results" / "notes.toml", ROOT / "README.md"
     notes = load(path, tomllib.loads) if path.exists() else {}
-    if unknown := sorted(notes.keys() - {cell.key for cell in cells}):
+    short = notes.pop("readme", {})
+    if unknown := sorted((notes.keys() | short.keys()) - {cell.key for cell in cells}):
         fail(f"{path} explains {unknown[0]}, but there is no such cell")
-    plot, result = "![Learning curves: mean and range of the seeds]({}plots/curves.png)", scores(cells, data, notes)
-    found = groups(cells)
-    report = ["# Results", "`python benchmark_results/report.py` wrote this page from the raw files beside it.",
-              "## Last evaluation", result, plot.format(""), "## Aggregates", aggregates(found),
-              "## Where each cell comes from", provenance(cells)]
-    brief, _, care = result.partition("\n\nTo be read with care:")
-    numbers = "The small numbers are notes on cells to be read with care, in REPORT.md. " * bool(care)
-    part = [BEGIN, plot.format("benchmark_results/"), brief, fill(numbers +
-        "Lines in the plot are means over seeds, bands reach from the lowest seed to the highest. "
-        + ("Aggregates, and the" if found else "The") + " commit, hardware, versions and wall time of every cell: "
-        "[REPORT.md](benchmark_results/REPORT.md)."), END]
     before, _, rest = (readme.read_text() if readme.exists() else "").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end or BEGIN in rest or END in before + after:
         fail(f"{readme} needs one line {BEGIN} and, after it, one line {END}")
+    _, full, origins = outside(cells)
+    report = ["# Results, run by run", fill(
+        "`python benchmark_results/report.py` wrote this page from the raw files beside it. Scores are of the last "
+        "evaluation, ± is the standard deviation over seeds, small numbers lead to what is to be read with care. In "
+        "the plots a line is the mean over seeds, its band reaches from the lowest to the highest, the dotted line is "
+        "the mean of the data. Only rows of equal budgets are to be compared."),
+        *pages(cells, data, remarks(cells, data, notes)), "## Best of training", *best(cells), "## Aggregates",
+        aggregates(groups([cell for cell in cells if cell.about["method"] not in ASIDE]))]
+    if full:
+        head = "", "method", "by", "updates", "evaluations"
+        report += ["## Public implementations", table(head, full), origins]
+    report += ["## Where each cell comes from", provenance(cells)]
+    part = [BEGIN, *brief(cells, data, short), END]
     return {path.with_name("REPORT.md"): "\n\n".join(report) + "\n", readme: before + "\n\n".join(part) + after}
 
 
 # --- plots ---
-def style(order):
-    return {"color": plt.colormaps["tab20"](2 * (order % 10) + order // 10 % 2), "ls": "-" if order < 10 else "--"}
+def draw_panel(axis, inside, data, colors):
+    for cell, color in zip(inside, colors):
+        axis.plot(cell.updates / 1000, cell.curve, color=color, marker="." if len(cell.updates) < 30 else "",
+                  label=cell.name)
+        axis.fill_between(cell.updates / 1000, *cell.range, color=color, alpha=0.15, lw=0)
+    if np.isfinite(mean := data[cell.dataset][cell.scored]):
+        axis.axhline(mean, color="black", ls=":", lw=1, label="mean of the data")
+    axis.set(xlabel=f"thousand {cell.unit}", xlim=(0, None))
 
 
-def line(axis, x, mean, low, high, order, **more):
-    drawn, = axis.plot(x, mean, **style(order), **more)
-    axis.fill_between(x, low, high, color=drawn.get_color(), alpha=0.15, lw=0)
+def panels(cells):
+    """{dataset: cells of curves.png}."""
+    own = {dataset: [cell for x in labels for cell in cells if cell.key == f"{dataset}/{x}"]
+           for dataset, labels in LINES.items()}
+    return {dataset: inside for dataset, inside in own.items() if inside}
+
+
+def canvas(count, columns, width, height):
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained",
+                                squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, axes.flat[:count]
 
 
 def draw_curves(cells, data):
-    own = {dataset: [cell for cell in cells if cell.dataset == dataset] for dataset in data}
-    rows, height = -(-len(own) // 2), 3.0 + 0.17 * max(map(len, own.values()))
-    figure, axes = plt.subplots(rows, 2, figsize=(8.4, height * rows), layout="constrained", squeeze=False)
-    for axis in axes.flat[len(own):]:
-        axis.remove()
-    for (dataset, inside), axis in zip(own.items(), axes.flat):
-        for cell in inside:
-            line(axis, cell.updates / 1000, cell.curve, np.fmin.reduce(cell.values, 1), np.fmax.reduce(cell.values, 1),
-                 cell.order, marker="." if len(cell.updates) < 30 else "", label=cell.row)
-        scored = all(cell.scored for cell in inside)
-        if np.isfinite(data[dataset][scored]):
-            axis.axhline(data[dataset][scored], color="black", ls=":", lw=1, label="mean of the data")
-        axis.set(title=dataset, xlabel="thousand updates", xlim=(0, None))
-        axis.set(ylabel="normalised score" if scored else "return", ylim=(min(0, axis.get_ylim()[0]), None))
-        axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.17))
+    own, labels = panels(cells), [*dict.fromkeys(sum(LINES.values(), ()))]
+    figure, axes = canvas(len(own), 2, 4.2, 3.3)
+    for axis, (dataset, inside) in zip(axes, own.items()):
+        draw_panel(axis, inside, data, [f"C{labels.index(cell.label)}" for cell in inside])
+        axis.set(title=dataset, ylabel="normalised score" if inside[0].scored else "return",
+                 ylim=(min(0, axis.get_ylim()[0]), None))
+    keys = {name: key for axis in axes for key, name in zip(*axis.get_legend_handles_labels())}
+    figure.legend(keys.values(), keys.keys(), loc="outside lower center", ncols=5)
     return figure
 
 
-def draw_aggregates(found, orders):
-    height = 3.2 + 0.17 * max(map(len, found.values()))
-    figure, axes = plt.subplots(len(found), 2, figsize=(8.4, height * len(found)), layout="constrained", squeeze=False)
-    for (key, runs), (left, right) in zip(found.items(), axes):
-        every = np.concatenate([x.ravel() for x in runs.values()])
-        taus = np.linspace(min(0, every.min()), 1.02 * every.max(), 201)
-        for i, (label, x) in enumerate(runs.items()):
-            middle, low, high = bootstrap(iqm, x)
-            left.plot([low, high], [i, i], lw=6, alpha=0.4, solid_capstyle="butt", color=style(orders[label])["color"])
-            left.plot(middle, i, "o", color=style(orders[label])["color"])
-            line(right, taus, *bootstrap(lambda x: above(x, taus), x), orders[label], label=named(label))
-        left.set_yticks(range(len(runs)), [f"{named(label)}, {runs[label].shape[1]} seeds" for label in runs])
-        left.set(ylim=(len(runs) - 0.5, -0.5), xlabel="interquartile mean of the normalised score")
-        right.set(ylim=(0, 1.02), xlabel=r"normalised score $\tau$", ylabel=r"fraction of runs above $\tau$")
-        right.legend(loc="upper center", bbox_to_anchor=(0.45, -0.17), ncols=2)
-        for axis in (left, right):
-            axis.set_title("\n".join(textwrap.wrap(title(key), 55)), fontsize=8)
+def draw_page(inside, data):
+    """Every curve of a dataset: four a panel, BC's in grey beside them."""
+    bc = [cell for cell in inside if cell.label == "bc"]
+    rest = sorted((cell for cell in inside if cell not in bc and not cell.exact), key=lambda cell: cell.order)
+    chunks = [rest[i:i + 4] + bc for i in range(0, len(rest), 4)] or [bc]
+    figure, axes = canvas(len(chunks), min(3, len(chunks)), 3 if len(chunks) > 1 else 4.6, 3.1)
+    for axis, chunk in zip(axes, chunks):
+        draw_panel(axis, chunk, data, ["gray" if cell in bc else f"C{i}" for i, cell in enumerate(chunk)])
+        axis.set_ylabel("normalised score" if chunk[0].scored else "return")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2, handlelength=1.2, columnspacing=1)
+    low, high = zip(*(axis.get_ylim() for axis in axes))
+    for axis in axes:
+        axis.set_ylim(min(0, *low), max(high))
     return figure
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a text is out of date")
-    check, plots, cells = parser.parse_args(argv).check, ROOT / "benchmark_results" / "plots", read_all()
+    parser.add_argument("--html", action="store_true", help="write report.html as well")
+    args, plots, cells = parser.parse_args(argv), ROOT / "benchmark_results" / "plots", read_all()
+    check = args.check
     if not cells:
         fail(f"{plots.parent} holds no results")
-    data, size = {}, Counter(cell.dataset for cell in cells)
+    data, curves, size = {}, {}, Counter(cell.dataset for cell in cells)
     for dataset in sorted(size, key=lambda x: (-size[x], x)):  # the datasets of most methods first
         facts = of_data(dataset)
         if facts and not check and not beside(dataset).exists():
@@ -421,10 +573,20 @@ def main(argv=None):
     if check:
         return
     plots.mkdir(exist_ok=True)
-    draw_curves(cells, data).savefig(plots / "curves.png")
-    (plots / "aggregate.png").unlink(missing_ok=True)
-    if found := groups(cells):
-        draw_aggregates(found, {cell.label: cell.order for cell in cells}).savefig(plots / "aggregate.png")
+    if panels(cells):
+        draw_curves(cells, data).savefig(plots / "curves.png")
+    for dataset in data:
+        inside = [cell for cell in cells if cell.dataset == dataset]
+        if not all(cell.exact for cell in inside):
+            draw_page(inside, data).savefig(plots / f"{slug(dataset)}.png")
+            curves[slug(dataset)] = inside, data[dataset][inside[0].scored], LINES.get(dataset, ())
+    plt.close("all")
+    if args.html:
+        try:
+            import report_html
+        except ImportError as error:
+            fail(f"--html needs {error.name}: pip install 'altair[save]' markdown-it-py")
+        report_html.write(ROOT, curves)
     print(f"{len(cells)} cells: REPORT.md and plots in {plots.parent}, and {ROOT / 'README.md'}")
 
 
