@@ -8,7 +8,7 @@ Pomerleau, NIPS 1988. https://proceedings.neurips.cc/paper/1988/hash/812b4ba287f
 
     L_pi = E[ (pi(s) - a)^2 ]
 
-    python algorithms/bc.py --dataset-id hopper/medium-replay-v0 --num-seeds 3 --num-updates 50000
+    python algorithms/bc.py --dataset-id hopper/medium-replay-v1 --num-seeds 3 --num-updates 50000
 
 Departs from the paper: today's network, Adam and normalised observations in place of ALVINN's 29 sigmoid units.
 Shapes: S seeds, B batch, N transitions. The S seeds train side by side and never interact.

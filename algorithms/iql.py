@@ -10,7 +10,7 @@ Kostrikov, Nair & Levine, ICLR 2022. https://arxiv.org/abs/2110.06169
     L_Q  = E[ sum_i (Q_i(s, a) - y)^2 ],   y = r + gamma (1 - d) V(s')        (6)
     L_pi = E[ -exp(beta (min_i Q'_i(s, a) - V(s))) log pi(a|s) ]              (7)
 
-    python algorithms/iql.py --dataset-id hopper/medium-replay-v0 --num-seeds 3 --num-updates 50000
+    python algorithms/iql.py --dataset-id hopper/medium-replay-v1 --num-seeds 3 --num-updates 50000
 
 Departs from the paper: as in its code min_i, weights up to 100, a cosine rate, actions off +-1. tau is `expectile`.
 Shapes: S seeds, B batch, E critics, N transitions. The S seeds train side by side and never interact.

@@ -10,7 +10,7 @@ Fujimoto & Gu, NeurIPS 2021. https://arxiv.org/abs/2106.06860
     L_Q  = E[ sum_i (Q_i(s, a) - y)^2 ]                                                                (TD3)
     L_pi = E[ -lambda Q_1(s, pi(s)) + |pi(s) - a|^2 / dim(A) ],   lambda = alpha / E|Q_1(s, pi(s))|    (3), (5)
 
-    python algorithms/td3_bc.py --dataset-id hopper/medium-replay-v0 --num-seeds 3 --num-updates 50000
+    python algorithms/td3_bc.py --dataset-id hopper/medium-replay-v1 --num-seeds 3 --num-updates 50000
 
 Departs from the paper: as in the authors' code lambda takes Q_1 at pi(s), where (5) has Q at the data's actions.
 Shapes: S seeds, B batch, E critics, N transitions. The S seeds train side by side and never interact.

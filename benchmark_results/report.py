@@ -56,7 +56,7 @@ ASIDE = "fqe", "ope", "bear_gridworld"  # in no table of methods: another's poli
 EXACT = "bcq_tabular", "bear_gridworld", "ope"  # whose evaluations are expectations
 LINES = {  # of curves.png: five a panel at most; the other curves stand on their dataset's page in REPORT.md
     "hopper/medium-v0": ("bc", "td3_bc", "iql", "cql", "sac_offline"),
-    "hopper/medium-replay-v0": ("bc", "td3_bc", "iql", "filtered_bc", "sac_offline"),
+    "hopper/medium-replay-v1": ("bc", "td3_bc", "iql", "filtered_bc", "sac_offline"),
     "halfcheetah/medium-v0": ("bc", "td3_bc", "iql"),
     "lunarlander/mixed-v0": ("dqn_offline", "bcq_discrete", "cql_discrete")}
 WIDE, FEW = 6, 3  # columns of methods, beyond which they become rows; cells that make a table of their budget

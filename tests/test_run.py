@@ -193,7 +193,7 @@ def test_a_switched_off_flag_and_damaged_results(tmp_path):
         assert run.lacks(cell).startswith(said) and bool(said) == bool(run.lacks(cell))
 
 
-@pytest.mark.parametrize("dataset", ["hopper-medium-v0", "hopper-medium-replay-v0"])
+@pytest.mark.parametrize("dataset", ["hopper-medium-v0", "hopper-medium-replay-v1"])
 @pytest.mark.parametrize("method", ["bc", "td3_bc", "iql"])
 def test_committed_results_count_as_finished(dataset, method, cells):
     cell = cells[f"{dataset}/{method}"]
