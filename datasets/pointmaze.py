@@ -1,0 +1,127 @@
+"""Records a planner's walks between random goals in PointMaze, as a Minari set that has to be stitched.
+
+    python datasets/pointmaze.py umaze datasets/pointmaze/umaze-v0
+
+The planner follows a shortest path over the maze's cells, towards the middle of the next one with a PD controller and
+Gaussian noise on its actions. It never starts anew: whenever it is at its goal (within 0.45, as in the environment) it
+draws another one at most --reach cells away, so that no walk leads through the whole maze.
+"""
+import argparse
+import os
+import sys
+import tempfile
+import warnings
+from collections import deque
+from pathlib import Path
+from unittest import mock
+
+import gymnasium as gym
+import minari
+import numpy as np
+from minari.data_collector import EpisodeBuffer
+from pack import pack
+
+MAZES = {  # environment and the cell of the goal in evaluation, Minari's for its D4RL/pointmaze sets
+    "umaze": ("PointMaze_UMaze-v3", (1, 1)), "medium": ("PointMaze_Medium-v3", (6, 6)),
+    "large": ("PointMaze_Large-v3", (7, 9))}
+RADIUS = 0.45  # how near the environment calls a goal reached
+
+
+def distances(grid, cell):
+    """{free cell: length of the shortest path from `cell`}, nearest first."""
+    found, queue = {cell: 0}, deque([cell])
+    while queue:
+        i, j = here = queue.popleft()
+        for there in ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)):
+            if grid[there[0]][there[1]] != 1 and there not in found:
+                found[there] = found[here] + 1
+                queue.append(there)
+    return found
+
+
+class Planner:
+    """Where to push: towards the next cell of the shortest path to the goal, or the goal itself once in its cell."""
+
+    def __init__(self, maze):
+        self.maze = maze
+        free = [tuple(cell) for cell in np.argwhere([[value != 1 for value in row] for row in maze.maze_map]).tolist()]
+        self.far = {cell: distances(maze.maze_map, cell) for cell in free}
+
+    def cell(self, xy):
+        return tuple(self.maze.cell_xy_to_rowcol(xy).tolist())
+
+    def next_cell(self, cell, goal):
+        i, j = cell
+        near = [there for there in ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)) if there in self.far]
+        return cell if cell == goal else min(near, key=self.far[goal].get)
+
+    def __call__(self, obs):
+        xy, velocity, goal = obs["achieved_goal"], obs["observation"][2:], obs["desired_goal"]
+        cell, last = self.cell(xy), self.cell(goal)
+        target = goal if cell == last else self.maze.cell_rowcol_to_xy(self.next_cell(cell, last))
+        return 10 * (target - xy) - velocity  # the gains of D4RL's and Minari's controllers
+
+
+def walks(name, steps, seed, reach, noise):
+    """Yields (obs (T + 1) dicts, actions (T, 2), whether the goal was reached) of one walk after the other."""
+    env = make(name, continuing_task=True, max_episode_steps=steps + 1)
+    planner, rng, limit = Planner(env.unwrapped.maze), np.random.default_rng(seed), gym.spec(MAZES[name][0]).max_episode_steps
+    obs, _ = env.reset(seed=seed)
+    while steps:
+        xy = obs["achieved_goal"]
+        here = planner.far[planner.cell(xy)]
+        cells = [cell for cell, far in here.items() if 1 <= far <= reach]
+        goal = xy
+        while np.linalg.norm(goal - xy) <= RADIUS:
+            middle = env.unwrapped.maze.cell_rowcol_to_xy(cells[rng.integers(len(cells))])
+            goal = middle + rng.uniform(-0.25, 0.25, 2)  # the noise of the environment's own goals
+        env.unwrapped.goal = goal
+        observations, actions, reached = [{**obs, "desired_goal": goal}], [], False
+        while steps and not reached and len(actions) < limit:
+            action = planner(observations[-1]) + noise * rng.standard_normal(2)
+            actions.append(action.clip(-1, 1).astype(np.float32))
+            obs, _, _, _, info = env.step(actions[-1])
+            observations.append(obs)
+            reached, steps = info["success"], steps - 1
+        yield observations, np.array(actions), reached
+
+
+def make(name, **kwargs):
+    import gymnasium_robotics  # noqa: F401, registers the environments
+
+    return gym.make(MAZES[name][0], **kwargs)
+
+
+def evaluation(name):
+    """The environment to evaluate in: from the far third of the maze to one goal, where the episode ends with reward 1."""
+    grid = [list(row) for row in make(name).unwrapped.maze.maze_map]
+    (i, j), far = MAZES[name][1], distances(grid, MAZES[name][1])
+    for cell, steps in far.items():
+        if steps > 2 / 3 * max(far.values()):
+            grid[cell[0]][cell[1]] = "r"
+    grid[i][j] = "g"
+    return make(name, maze_map=grid, continuing_task=False)
+
+
+def relabelled(walks, middle, rng):
+    """The walks with the goal of the evaluation in place of the planner's, as in D4RL's maze2d: cut where that happens to
+    be reached, without the steps that begin there, which no evaluation sees."""
+    for observations, actions, _ in walks:
+        goal = middle + rng.uniform(-0.25, 0.25, 2)
+        at = [np.linalg.norm(obs["achieved_goal"] - goal) <= RADIUS for obs in observations]
+        first = 0
+        for t in range(1, len(at)):
+            if at[t - 1]:
+                first = t
+            elif at[t] or t == len(at) - 1:
+                yield [{**obs, "desired_goal": goal} for obs in observations[first:t + 1]], actions[first:t], at[t]
+
+
+def episodes(walks):
+    """The EpisodeBuffers of the walks: reward 1 and a termination where the goal is reached."""
+    for n, (observations, actions, reached) in enumerate(walks):
+        last = np.arange(len(actions)) == len(actions) - 1
+        yield EpisodeBuffer(
+            n, None, None, {key: np.array([obs[key] for obs in observations], np.float32) for key in observations[0]},
+            actions, (last & reached).astype(np.float32), last & reached, last & (not reached),
+            {"success": np.array([False, *(last & reached)])})
