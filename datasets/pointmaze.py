@@ -123,5 +123,76 @@ def episodes(walks):
         last = np.arange(len(actions)) == len(actions) - 1
         yield EpisodeBuffer(
             n, None, None, {key: np.array([obs[key] for obs in observations], np.float32) for key in observations[0]},
-            actions, (last & reached).astype(np.float32), last & reached, last & (not reached),
-            {"success": np.array([False, *(last & reached)])})
+            actions, (last & reached).astype(np.float32), last & reached, last & (not reached))
+
+
+def write(walks, folder, name, env, description):
+    """Writes the walks as a new Minari set, which appears whole or not at all. Returns its episodes."""
+    folder, found = Path(folder).resolve(), list(episodes(walks))
+    assert not folder.exists(), f"{folder} is there already"
+    space = gym.spaces.Dict({
+        key: gym.spaces.Box(-np.inf, np.inf, box.shape, np.float32) for key, box in env.observation_space.items()})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".part-") as part:
+        with warnings.catch_warnings(action="ignore"), mock.patch.dict(os.environ, MINARI_DATASETS_PATH=part):
+            made = minari.create_dataset_from_buffers(
+                "made-v0", found, env=env.spec, eval_env=evaluation(name).spec, observation_space=space,
+                action_space=env.action_space, ref_min_score=0.0, ref_max_score=1.0,  # a return is a success rate
+                algorithm_name="waypoint planner", description=description)
+            made.storage.update_episode_metadata({"success": bool(episode.terminations[-1])} for episode in found)
+        pack(Path(part, "made-v0", "data", "main_data.hdf5"))
+        Path(part, "made-v0").replace(folder)
+    return found
+
+
+def score(name, noise, n=100):
+    """Success rate and mean length of the planner in n episodes of the evaluation."""
+    env, rng, results = evaluation(name), np.random.default_rng(0), []
+    planner = Planner(env.unwrapped.maze)
+    for seed in range(n):
+        (obs, _), steps, over = env.reset(seed=seed), 0, False
+        while not over:
+            action = planner(obs) + noise * rng.standard_normal(2)
+            obs, reward, terminated, truncated, _ = env.step(action.clip(-1, 1).astype(np.float32))
+            steps, over = steps + 1, terminated or truncated
+        results.append((reward, steps))
+    return np.mean(results, 0)
+
+
+def main(words=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"pointmaze.py: {message}")
+    parser.add_argument("maze", choices=MAZES)
+    parser.add_argument("folder", help="of the new set")
+    parser.add_argument("--steps", type=int, default=100_000, help="of the planner")
+    parser.add_argument("--seed", type=int, default=0, help="of the start, the goals and the noise")
+    parser.add_argument("--reach", type=int, default=3, help="cells to the next goal, at most")
+    parser.add_argument("--noise", type=float, default=0.5, help="deviation of what is added to actions, which are then clipped")
+    parser.add_argument("--relabel", action="store_true", help="store the goal of the evaluation instead of the planner's")
+    options = parser.parse_args(words)
+    try:
+        for name, low in (("steps", 1), ("seed", 0), ("reach", 1), ("noise", 0)):
+            assert low <= getattr(options, name) < np.inf, f"--{name} cannot be {getattr(options, name)}"
+        assert not Path(options.folder).exists(), f"{options.folder} is there already"
+        env = make(options.maze, continuing_task=True)
+        found = walks(options.maze, options.steps, options.seed, options.reach, options.noise)
+        if options.relabel:
+            middle = env.unwrapped.maze.cell_rowcol_to_xy(MAZES[options.maze][1])
+            found = relabelled(found, middle, np.random.default_rng([options.seed, 1]))
+        settings = " ".join(f"--{name} {getattr(options, name)}" for name in ("steps", "seed", "reach", "noise"))
+        found = write(found, options.folder, options.maze, env, f"datasets/pointmaze.py {options.maze} {settings}"
+                      + " --relabel" * options.relabel)
+    except ModuleNotFoundError as error:
+        sys.exit(f"pointmaze.py: {error.name} is missing: pip install gymnasium-robotics")
+    except Exception as error:
+        sys.exit(f"pointmaze.py: {' '.join(str(error).split()) or type(error).__name__}")
+    reached = [episode.terminations[-1] for episode in found]
+    print(f"{options.folder}: {sum(len(episode.rewards) for episode in found)} transitions in {len(found)} episodes, "
+          f"{np.mean(reached):.3f} of which reach their goal; the longest has {max(len(e.rewards) for e in found)}")
+    for noise in {0.0, options.noise}:
+        rate, length = score(options.maze, noise)
+        print(f"the planner with noise {noise}: success {rate:.2f} in 100 evaluations, {length:.0f} steps")
+
+
+if __name__ == "__main__":
+    main()
