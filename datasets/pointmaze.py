@@ -62,27 +62,27 @@ class Planner:
         return 10 * (target - xy) - velocity  # the gains of D4RL's and Minari's controllers
 
 
-def walks(name, steps, seed, reach, noise):
-    """Yields (obs (T + 1) dicts, actions (T, 2), whether the goal was reached) of one walk after the other."""
-    env = make(name, continuing_task=True, max_episode_steps=steps + 1)
-    planner, rng, limit = Planner(env.unwrapped.maze), np.random.default_rng(seed), gym.spec(MAZES[name][0]).max_episode_steps
+def walks(name, seed, reach, noise):
+    """Yields (T + 1 observations, actions (T, 2), whether the goal was reached) of one walk after the other, for ever."""
+    env = make(name, continuing_task=True).unwrapped  # without its time limit, which counts for each walk instead
+    planner, rng, limit = Planner(env.maze), np.random.default_rng(seed), gym.spec(MAZES[name][0]).max_episode_steps
     obs, _ = env.reset(seed=seed)
-    while steps:
+    while True:
         xy = obs["achieved_goal"]
         here = planner.far[planner.cell(xy)]
         cells = [cell for cell, far in here.items() if 1 <= far <= reach]
         goal = xy
         while np.linalg.norm(goal - xy) <= RADIUS:
-            middle = env.unwrapped.maze.cell_rowcol_to_xy(cells[rng.integers(len(cells))])
+            middle = env.maze.cell_rowcol_to_xy(cells[rng.integers(len(cells))])
             goal = middle + rng.uniform(-0.25, 0.25, 2)  # the noise of the environment's own goals
-        env.unwrapped.goal = goal
+        env.goal = goal
         observations, actions, reached = [{**obs, "desired_goal": goal}], [], False
-        while steps and not reached and len(actions) < limit:
+        while not reached and len(actions) < limit:
             action = planner(observations[-1]) + noise * rng.standard_normal(2)
             actions.append(action.clip(-1, 1).astype(np.float32))
             obs, _, _, _, info = env.step(actions[-1])
             observations.append(obs)
-            reached, steps = info["success"], steps - 1
+            reached = info["success"]
         yield observations, np.array(actions), reached
 
 
@@ -103,9 +103,10 @@ def evaluation(name):
     return make(name, maze_map=grid, continuing_task=False)
 
 
-def relabelled(walks, middle, rng):
+def relabelled(name, walks, rng):
     """The walks with the goal of the evaluation in place of the planner's, as in D4RL's maze2d: cut where that happens to
     be reached, without the steps that begin there, which no evaluation sees."""
+    middle = make(name).unwrapped.maze.cell_rowcol_to_xy(MAZES[name][1])
     for observations, actions, _ in walks:
         goal = middle + rng.uniform(-0.25, 0.25, 2)
         at = [np.linalg.norm(obs["achieved_goal"] - goal) <= RADIUS for obs in observations]
@@ -117,19 +118,24 @@ def relabelled(walks, middle, rng):
                 yield [{**obs, "desired_goal": goal} for obs in observations[first:t + 1]], actions[first:t], at[t]
 
 
-def episodes(walks):
-    """The EpisodeBuffers of the walks: reward 1 and a termination where the goal is reached."""
-    for n, (observations, actions, reached) in enumerate(walks):
-        last = np.arange(len(actions)) == len(actions) - 1
-        yield EpisodeBuffer(
-            n, None, None, {key: np.array([obs[key] for obs in observations], np.float32) for key in observations[0]},
-            actions, (last & reached).astype(np.float32), last & reached, last & (not reached))
+def episodes(walks, steps):
+    """The EpisodeBuffers of the first `steps` steps: reward 1 and a termination where the goal is reached."""
+    found = []
+    while steps:
+        observations, actions, reached = next(walks)
+        T = min(len(actions), steps)
+        last = np.arange(T) == len(actions) - 1
+        obs = {key: np.array([obs[key] for obs in observations[:T + 1]], np.float32) for key in observations[0]}
+        found.append(EpisodeBuffer(
+            len(found), None, None, obs, actions[:T], (last & reached).astype(np.float32), last & reached,
+            (np.arange(T) == T - 1) & ~(last & reached)))
+        steps -= T
+    return found
 
 
-def write(walks, folder, name, env, description):
-    """Writes the walks as a new Minari set, which appears whole or not at all. Returns its episodes."""
-    folder, found = Path(folder).resolve(), list(episodes(walks))
-    assert not folder.exists(), f"{folder} is there already"
+def write(found, folder, name, description):
+    """Writes the episodes as a new Minari set, which appears whole or not at all."""
+    folder, env = Path(folder).resolve(), make(name, continuing_task=True)
     space = gym.spaces.Dict({
         key: gym.spaces.Box(-np.inf, np.inf, box.shape, np.float32) for key, box in env.observation_space.items()})
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +148,6 @@ def write(walks, folder, name, env, description):
             made.storage.update_episode_metadata({"success": bool(episode.terminations[-1])} for episode in found)
         pack(Path(part, "made-v0", "data", "main_data.hdf5"))
         Path(part, "made-v0").replace(folder)
-    return found
 
 
 def score(name, noise, n=100):
@@ -164,24 +169,22 @@ def main(words=None):
     parser.error = lambda message: sys.exit(f"pointmaze.py: {message}")
     parser.add_argument("maze", choices=MAZES)
     parser.add_argument("folder", help="of the new set")
-    parser.add_argument("--steps", type=int, default=100_000, help="of the planner")
+    parser.add_argument("--steps", type=int, default=100_000, help="to store")
     parser.add_argument("--seed", type=int, default=0, help="of the start, the goals and the noise")
     parser.add_argument("--reach", type=int, default=3, help="cells to the next goal, at most")
     parser.add_argument("--noise", type=float, default=0.5, help="deviation of what is added to actions, which are then clipped")
-    parser.add_argument("--relabel", action="store_true", help="store the goal of the evaluation instead of the planner's")
+    parser.add_argument("--goals", choices=("evaluation", "planner"), default="evaluation", help="which goal is stored")
     options = parser.parse_args(words)
     try:
         for name, low in (("steps", 1), ("seed", 0), ("reach", 1), ("noise", 0)):
             assert low <= getattr(options, name) < np.inf, f"--{name} cannot be {getattr(options, name)}"
         assert not Path(options.folder).exists(), f"{options.folder} is there already"
-        env = make(options.maze, continuing_task=True)
-        found = walks(options.maze, options.steps, options.seed, options.reach, options.noise)
-        if options.relabel:
-            middle = env.unwrapped.maze.cell_rowcol_to_xy(MAZES[options.maze][1])
-            found = relabelled(found, middle, np.random.default_rng([options.seed, 1]))
-        settings = " ".join(f"--{name} {getattr(options, name)}" for name in ("steps", "seed", "reach", "noise"))
-        found = write(found, options.folder, options.maze, env, f"datasets/pointmaze.py {options.maze} {settings}"
-                      + " --relabel" * options.relabel)
+        stream = walks(options.maze, options.seed, options.reach, options.noise)
+        if options.goals == "evaluation":
+            stream = relabelled(options.maze, stream, np.random.default_rng([options.seed, 1]))
+        found = episodes(stream, options.steps)
+        flags = " ".join(f"--{name} {getattr(options, name)}" for name in ("steps", "seed", "reach", "noise", "goals"))
+        write(found, options.folder, options.maze, f"python datasets/pointmaze.py {options.maze} DIR {flags}")
     except ModuleNotFoundError as error:
         sys.exit(f"pointmaze.py: {error.name} is missing: pip install gymnasium-robotics")
     except Exception as error:
