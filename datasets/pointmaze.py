@@ -1,10 +1,20 @@
 """Records a planner's walks between random goals in PointMaze, as a Minari set that has to be stitched.
 
     python datasets/pointmaze.py umaze datasets/pointmaze/umaze-v0
+    python algorithms/iql.py --dataset-id pointmaze/umaze-v0 --return-range 0 --reward-shift -1 --expectile 0.9 --beta 10
 
 The planner follows a shortest path over the maze's cells, towards the middle of the next one with a PD controller and
-Gaussian noise on its actions. It never starts anew: whenever it is at its goal (within 0.45, as in the environment) it
-draws another one at most --reach cells away, so that no walk leads through the whole maze.
+Gaussian noise on its actions. It never starts anew: within 0.45 of its goal, where the environment calls it reached, it
+draws another one, as in D4RL's maze2d and Minari's D4RL/pointmaze, but at most --reach cells away, so that no walk leads
+through the whole maze. A walk is an episode.
+
+As in maze2d the goal that is stored is not the planner's but that of the evaluation (Minari's cell for it, with the
+environment's noise), and the reward is 1 where a walk happens to come by, which ends the episode. --goals planner stores the
+planner's own goals, each of which is reached, as Minari's sets do; their episodes are truncated there, these terminated.
+
+The evaluation starts in the far third of the maze, ends at the goal with reward 1, or with 0 at the environment's time limit:
+a return is a success, a score its percentage. Observations are achieved_goal, desired_goal and observation (position,
+velocity).
 """
 import argparse
 import os
@@ -65,7 +75,7 @@ class Planner:
 def walks(name, seed, reach, noise):
     """Yields (T + 1 observations, actions (T, 2), whether the goal was reached) of one walk after the other, for ever."""
     env = make(name, continuing_task=True).unwrapped  # without its time limit, which counts for each walk instead
-    planner, rng, limit = Planner(env.maze), np.random.default_rng(seed), gym.spec(MAZES[name][0]).max_episode_steps
+    planner, rng, limit = Planner(env.maze), np.random.default_rng(seed), env.spec.max_episode_steps
     obs, _ = env.reset(seed=seed)
     while True:
         xy = obs["achieved_goal"]
@@ -93,7 +103,7 @@ def make(name, **kwargs):
 
 
 def evaluation(name):
-    """The environment to evaluate in: from the far third of the maze to one goal, where the episode ends with reward 1."""
+    """The environment to evaluate in: "r" marks cells to start from, "g" the goal's."""
     grid = [list(row) for row in make(name).unwrapped.maze.maze_map]
     (i, j), far = MAZES[name][1], distances(grid, MAZES[name][1])
     for cell, steps in far.items():
@@ -118,6 +128,11 @@ def relabelled(name, walks, rng):
                 yield [{**obs, "desired_goal": goal} for obs in observations[first:t + 1]], actions[first:t], at[t]
 
 
+def rounded(x):
+    """Multiples of 1 / 65,536, far finer than the noise, which compress better."""
+    return (np.round(np.array(x) * 2**16) / 2**16).astype(np.float32)
+
+
 def episodes(walks, steps):
     """The EpisodeBuffers of the first `steps` steps: reward 1 and a termination where the goal is reached."""
     found = []
@@ -125,7 +140,7 @@ def episodes(walks, steps):
         observations, actions, reached = next(walks)
         T = min(len(actions), steps)
         last = np.arange(T) == len(actions) - 1
-        obs = {key: np.array([obs[key] for obs in observations[:T + 1]], np.float32) for key in observations[0]}
+        obs = {key: rounded([obs[key] for obs in observations[:T + 1]]) for key in observations[0]}
         found.append(EpisodeBuffer(
             len(found), None, None, obs, actions[:T], (last & reached).astype(np.float32), last & reached,
             (np.arange(T) == T - 1) & ~(last & reached)))
@@ -172,7 +187,7 @@ def main(words=None):
     parser.add_argument("--steps", type=int, default=100_000, help="to store")
     parser.add_argument("--seed", type=int, default=0, help="of the start, the goals and the noise")
     parser.add_argument("--reach", type=int, default=3, help="cells to the next goal, at most")
-    parser.add_argument("--noise", type=float, default=0.5, help="deviation of what is added to actions, which are then clipped")
+    parser.add_argument("--noise", type=float, default=0.5, help="deviation of the noise on actions")
     parser.add_argument("--goals", choices=("evaluation", "planner"), default="evaluation", help="which goal is stored")
     options = parser.parse_args(words)
     try:
