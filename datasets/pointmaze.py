@@ -1,19 +1,19 @@
 """Records a planner's walks between random goals in PointMaze, as a Minari set that has to be stitched.
 
     python datasets/pointmaze.py umaze datasets/pointmaze/umaze-v0
-    python algorithms/iql.py --dataset-id pointmaze/umaze-v0 --return-range 0 --reward-shift -1 --expectile 0.9 --beta 10
+    python algorithms/iql.py --dataset-id pointmaze/umaze-v0 --return-range 0 --reward-shift -1 --expectile 0.9
 
 The planner follows a shortest path over the maze's cells, towards the middle of the next one with a PD controller and
 Gaussian noise on its actions. It never starts anew: within 0.45 of its goal, where the environment calls it reached, it
-draws another one, as in D4RL's maze2d and Minari's D4RL/pointmaze, but at most --reach cells away, so that no walk leads
-through the whole maze. A walk is an episode.
+draws another one, as in D4RL's maze2d and Minari's D4RL/pointmaze, but at most --reach cells away, so that no walk
+leads through the whole maze. A walk is an episode.
 
 As in maze2d the goal that is stored is not the planner's but that of the evaluation (Minari's cell for it, with the
-environment's noise), and the reward is 1 where a walk happens to come by, which ends the episode. --goals planner stores the
-planner's own goals, each of which is reached, as Minari's sets do; their episodes are truncated there, these terminated.
+environment's noise). The reward is 1 where a walk happens to come by, which ends the episode. --goals planner stores
+the planner's own goals, as Minari's sets do: each is reached, which truncates an episode there and terminates it here.
 
-The evaluation starts in the far third of the maze, ends at the goal with reward 1, or with 0 at the environment's time limit:
-a return is a success, a score its percentage. Observations are achieved_goal, desired_goal and observation (position,
+The evaluation starts in the far third of the maze and ends at the goal with reward 1, or with 0 at the time limit: a
+return is a success, a score its percentage. Observations are achieved_goal, desired_goal and observation (position,
 velocity).
 """
 import argparse
@@ -73,9 +73,10 @@ class Planner:
 
 
 def walks(name, seed, reach, noise):
-    """Yields (T + 1 observations, actions (T, 2), whether the goal was reached) of one walk after the other, for ever."""
-    env = make(name, continuing_task=True).unwrapped  # without its time limit, which counts for each walk instead
-    planner, rng, limit = Planner(env.maze), np.random.default_rng(seed), env.spec.max_episode_steps
+    """Yields (T + 1 observations, actions (T, 2), whether the goal was reached) of one walk after the other."""
+    env = make(name, continuing_task=True)
+    limit, env = env.spec.max_episode_steps, env.unwrapped  # the time limit counts for each walk instead
+    planner, rng = Planner(env.maze), np.random.default_rng(seed)
     obs, _ = env.reset(seed=seed)
     while True:
         xy = obs["achieved_goal"]
@@ -114,8 +115,8 @@ def evaluation(name):
 
 
 def relabelled(name, walks, rng):
-    """The walks with the goal of the evaluation in place of the planner's, as in D4RL's maze2d: cut where that happens to
-    be reached, without the steps that begin there, which no evaluation sees."""
+    """The walks with the goal of the evaluation in place of the planner's, as in D4RL's maze2d: cut where that happens
+    to be reached, without the steps that begin there, which no evaluation sees."""
     middle = make(name).unwrapped.maze.cell_rowcol_to_xy(MAZES[name][1])
     for observations, actions, _ in walks:
         goal = middle + rng.uniform(-0.25, 0.25, 2)

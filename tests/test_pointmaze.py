@@ -107,6 +107,16 @@ def test_walks_with_the_goal_of_the_evaluation(sets):
     assert sum(len(episode.actions) for episode in found) == 700
 
 
+def test_a_walk_past_the_goal_of_the_evaluation_is_cut():
+    middle = pointmaze.make("umaze").unwrapped.maze.cell_rowcol_to_xy((1, 1))
+    walk = [{"achieved_goal": middle + [x, 0], "desired_goal": None} for x in (0.1, 1, 0.8, 0.3, 0.2, 0.9, 1.2)]
+    rng = SimpleNamespace(uniform=lambda *_: np.zeros(2))
+    (one, a, reached), (two, b, not_reached) = pointmaze.relabelled("umaze", [(walk, np.arange(6), True)], rng)
+    assert [obs["achieved_goal"][0] - middle[0] for obs in one] == pytest.approx([1, 0.8, 0.3])
+    assert a.tolist() == [1, 2] and reached and b.tolist() == [5] and not not_reached and len(two) == 2
+    assert all((obs["desired_goal"] == middle).all() for obs in one + two)
+
+
 def test_the_flat_observation_holds_the_goal(sets):
     data = load(sets / "own-v0")
     expected = np.concatenate([episode.observations["desired_goal"][:-1] for episode in episodes(sets / "own-v0")])
