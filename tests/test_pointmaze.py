@@ -1,4 +1,4 @@
-"""PointMaze's recorded sets: the planner, what is stored, the evaluation; and stand-ins for AntMaze, Adroit and Kitchen."""
+"""PointMaze's sets: the planner, what is stored, the evaluation; and stand-ins for AntMaze, Adroit and Kitchen."""
 import dataclasses
 import json
 import pickle
@@ -133,8 +133,8 @@ def test_the_evaluation_asks_for_far_goals(name, longest):
     assert max(planner.far[pointmaze.MAZES[name][1]].values()) == longest
     for seed in range(20):
         obs, _ = env.reset(seed=seed)
-        goal = planner.cell(obs["desired_goal"])
-        assert goal == pointmaze.MAZES[name][1] and planner.far[goal][planner.cell(obs["achieved_goal"])] > longest * 2 / 3
+        goal, start = planner.cell(obs["desired_goal"]), planner.cell(obs["achieved_goal"])
+        assert goal == pointmaze.MAZES[name][1] and planner.far[goal][start] > longest * 2 / 3
     assert pointmaze.score(name, 0.5, 2)[0] == 1
 
 
@@ -152,12 +152,14 @@ class Follow(torch.nn.Module):
 
 
 def test_success_and_the_evaluation_make_the_round_trip(sets):
-    """An episode of the evaluation ends at the goal with return 1, or after 300 steps with return 0: a score is a rate."""
+    """An episode of the evaluation ends at the goal with return 1, or after 300 steps with 0: a score is a rate."""
     dataset = minari.MinariDataset(sets / "own-v0" / "data")
-    success = [bool(episode["success"]) for episode in dataset.storage.get_episode_metadata(range(dataset.total_episodes))]
+    metadata = dataset.storage.get_episode_metadata(range(dataset.total_episodes))
+    success = [bool(episode["success"]) for episode in metadata]
     assert success == [bool(episode.terminations[-1]) for episode in dataset.iterate_episodes()]
     data = load(sets / "own-v0")
-    assert data.reference == (0, 1) and data.spec.max_episode_steps == 300 and data.spec.kwargs["continuing_task"] is False
+    assert data.reference == (0, 1) and data.spec.max_episode_steps == 300
+    assert data.spec.kwargs["continuing_task"] is False
     env = gym.make(data.spec)
     assert env.unwrapped.maze.maze_map == [
         [1, 1, 1, 1, 1], [1, "g", 0, 0, 1], [1, 1, 1, 0, 1], [1, "r", "r", 0, 1], [1, 1, 1, 1, 1]]
@@ -209,8 +211,8 @@ STAND_INS = {  # spaces of sets on the hub: their observations, the width when f
 
 @pytest.mark.parametrize("env_id", STAND_INS)
 def test_sets_of_the_hub_load_from_stand_ins(env_id, tmp_path, monkeypatch):
-    """Two episodes of random numbers in the spaces of AntMaze, Adroit and Kitchen, which nests a Dict in a Dict; then the
-    environment, which for Kitchen cannot be built beside MuJoCo 4."""
+    """Two episodes of random numbers in the spaces of AntMaze, Adroit and Kitchen, which nests a Dict in a Dict; then
+    the environment, which for Kitchen cannot be built beside MuJoCo 4."""
     space, width, act_dim = STAND_INS[env_id]
     actions = gym.spaces.Box(-1, 1, (act_dim,), np.float64 if env_id == "FrankaKitchen-v1" else np.float32)
     space.seed(0), actions.seed(0)
