@@ -162,7 +162,7 @@ def attempt(problem):
     try:
         yield
     except Exception as error:
-        fail(f"{problem}: {error or type(error).__name__}")
+        fail(f"{problem}: {str(error) or type(error).__name__}")
 
 
 # --- shared: optimisation ---

@@ -32,6 +32,7 @@ from lessons_cloning import (multimodal_draw, multimodal_log, multimodal_runs, o
 from lessons_evaluation import bear_gridworld_draw, importance_draw
 from lessons_interactive import interventions_draw, interventions_runs
 from lessons_offline import extrapolation_draw, extrapolation_log, extrapolation_runs
+from lessons_pixels import pilotnet_draw, pilotnet_runs, trailnet_draw, trailnet_runs
 from lessons_tabular import correction_draw, cql_bound_draw, expectile_draw, stitching_draw
 from lessons_weights import awr_draw, envelope_draw, envelope_log, envelope_runs
 from run import about

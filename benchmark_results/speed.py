@@ -71,10 +71,12 @@ def make(method, S, device):
     module = importlib.import_module(method)
     discrete = hasattr(module.Agent, "discrete")
     flags = {"num_seeds": S, "device": device, "eval_episodes": 0}
-    if hasattr(module, "load"):
+    if "dataset_id" in module.Args.__annotations__:
         flags["dataset_id"] = "lunarlander/mixed-v0" if discrete else "hopper/medium-v0"
     if method in ("mopo", "combo"):
         flags.update(env_id="Hopper-v5", rollout_batch=400)  # 10,000 imagined steps
+    if method in ("pilotnet", "trailnet"):
+        flags["num_drives" if method == "pilotnet" else "num_walks"] = 5
     if method == "fqe":
         flags["policy"] = str(ROOT / "datasets" / "hopper" / "medium.pt2")
     args = module.Args(**flags)

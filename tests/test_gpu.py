@@ -21,6 +21,8 @@ def args_of(method, hopper, out, device):
     if method.endswith("dagger"):
         args.update(expert=str(ROOT / "datasets" / "hopper" / "expert.pt2"), rounds=2, steps_per_round=60, batch_size=16,
                     hidden_dim=16, eval_episodes=1)
+    elif method in ("pilotnet", "trailnet"):
+        args.update(batch_size=4, eval_episodes=1, **{"num_drives" if method == "pilotnet" else "num_walks": 2})
     elif method not in TABLES:
         return small(method, hopper, out, **args, **FLAGS.get(method, {}))
     return import_module(method).Args(**args, num_updates=40, eval_every=20, out_dir=str(out))
