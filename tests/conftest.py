@@ -43,6 +43,7 @@ concurrent.futures.ProcessPoolExecutor = real
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "stopped" not in item.name)  # they take longest, and begin first
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA"))

@@ -440,7 +440,7 @@ def categorical_as_others(monkeypatch):
 def test_categorical_runs_like_the_others(hopper, whole, tmp_path, monkeypatch, capsys, categorical_as_others):
     test_runs.test_a_run_trains_and_writes_its_files("bc_categorical", hopper, whole, tmp_path / "files", capsys)
     test_runs.test_shapes_are_what_their_comments_say("bc_categorical", whole)
-    test_runs.test_agent_k_is_not_agent_0_nor_seed_k("bc_categorical", hopper, whole, tmp_path / "seeds")
+    test_runs.test_agent_k_is_not_agent_0_nor_seed_k("bc_categorical", hopper, whole, tmp_path / "seeds", monkeypatch)
     test_runs.test_resume_equals_uninterrupted_to_the_bit("bc_categorical", hopper, whole, tmp_path / "resume", monkeypatch)
 
 

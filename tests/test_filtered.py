@@ -279,7 +279,7 @@ def as_others(monkeypatch):
 def test_rvs_runs_like_the_others(hopper, whole, tmp_path, monkeypatch, capsys, as_others):
     test_runs.test_a_run_trains_and_writes_its_files("rvs", hopper, whole, tmp_path / "files", capsys)
     test_runs.test_shapes_are_what_their_comments_say("rvs", whole)
-    test_runs.test_agent_k_is_not_agent_0_nor_seed_k("rvs", hopper, whole, tmp_path / "seeds")
+    test_runs.test_agent_k_is_not_agent_0_nor_seed_k("rvs", hopper, whole, tmp_path / "seeds", monkeypatch)
     test_runs.test_resume_equals_uninterrupted_to_the_bit("rvs", hopper, whole, tmp_path / "resume", monkeypatch)
 
 
