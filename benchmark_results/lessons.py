@@ -678,8 +678,8 @@ ABOUT = {
         "diverge. With 10,000 transitions the first evaluation comes after 5,000 updates, when all has happened."),
     "extrapolation": (
         2.15, "Q errs at actions that the data lack, and bootstrapping passes the error on to those that they hold",
-        "No label ever says what Q is at an action that the data lack, and the max asks exactly there. The target takes "
-        "the error over, so in the end Q is wrong at the data's own actions as well.",
+        "No label ever says what Q is at an action that the data lack, and the max asks exactly there. The target "
+        "takes the error over, so in the end Q is wrong at the data's own actions as well.",
         "Where the error comes from in a network: the spread is computed in tables, whose untried actions keep their "
         "first guess."),
     "importance": (
