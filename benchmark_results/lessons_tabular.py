@@ -19,6 +19,37 @@ import iql
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+# Of each lesson: its place in a lecture, part and then order; its claim; what one would say; what it does not show.
+ABOUT = {
+    "correction": (
+        2.3, "Acting corrects the actions that Q overestimates; offline nobody tries them and the error stays",
+        "Online an action that Q overestimates is tried, disappoints, and Q comes down. Offline there is no such"
+        " feedback: the max goes on believing what nobody will ever test.",
+        "What a network does: in a table an untried action keeps its first guess, a network extrapolates. "
+        "Nothing slips here and the guesses are drawn around half of the best return; with low guesses nobody "
+        "would be misled."),
+    "cql_bound": (
+        4.1, "CQL's bound holds for the value of the policy, not for Q of every action",
+        "The penalty pushes Q down where the policy goes and up where the data go, so on average under the "
+        "policy it lies below the truth. Single actions of the data may well lie above.",
+        "How to choose α: the one from which the bound holds in all batches needs the truth. Tables, evaluation "
+        "of one fixed policy; no networks, no improvement of the policy."),
+    "stitching": (
+        5.1,
+        "No episode leads from the start to the goal; past a tempting exit only IQL with a large τ joins the "
+        "pieces",
+        "The beginning of one episode and the end of another make a path that nobody has walked; values can see "
+        "it where they meet, returns of whole episodes cannot. But with the mean over the data's actions (τ = "
+        "0.5) the good end is outvoted, and the exit looks better.",
+        "That a large τ is always right: nothing is random here, so no lucky outcome is taken for a good action."
+        " The counts of the episodes and the reward of the exit are chosen so that the methods part."),
+    "expectile": (
+        5.3, "As τ grows IQL's V climbs from the mean towards the maximum, over the actions of the data only",
+        "An expectile weighs what lies above it by τ and what lies below by 1 - τ, so with τ it moves from the "
+        "mean to the largest. V gets near the best action tried, and no max asks for one that was not.",
+        "How large τ may be on few data: after 1,000 pulls Q is nearly right, and on fewer a large τ also picks the "
+        "actions whose Q is too high by chance. No policy is learned here."),
+}
 LARGE = {"font.size": 12, "axes.titlesize": 12.5, "axes.spines.top": False, "axes.spines.right": False,
          "axes.grid": True, "grid.alpha": 0.3, "figure.titlesize": 14}
 

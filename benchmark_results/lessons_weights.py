@@ -18,6 +18,23 @@ from lessons_tabular import LARGE, finish
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+# Of each lesson: its place in a lecture, part and then order; its claim; what one would say; what it does not show.
+ABOUT = {
+    "awr": (
+        5.2, "Monte-Carlo advantages judge the episode, TD advantages the action",
+        "A Monte-Carlo return mixes what the action did with all that came after it, so the good deed of a "
+        "careless demonstrator is punished for his later ones. TD asks for the value of the next state and judges the step "
+        "alone.",
+        "What TD costs: in this chain V of the next state is exact and every action leads there, so it has no bias; a "
+        "fitted V has some."),
+    "envelope": (
+        6.1, "BAIL clones the steps whose return comes near the best that their state has seen",
+        "Filtered cloning without whole episodes: fit an upper envelope V over the returns and keep the quarter of the "
+        "steps nearest to it. A good stretch of a bad episode can stay.",
+        "That the clone is better for it: no policy is evaluated here. One seed, one set, of which nearly all "
+        "episodes contribute."),
+}
+
 # --- awr ---
 STEPS, EPISODES, SEEDS = 10, 200, 10
 RIGHT = {"careful": 0.9, "careless": 0.2}  # how often each of two demonstrators acts right

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,8 +44,10 @@ def test_a_lesson_that_was_not_run_is_named_in_the_readme():
 
 
 @pytest.mark.parametrize("name", DRAWN)
-def test_every_lesson_draws_from_its_committed_logs(name, places, monkeypatch):
+def test_every_lesson_draws_from_its_committed_logs(name, places, monkeypatch, tmp_path_factory):
     """Nothing is run: the logs, which name their commit, and the commands agree."""
+    monkeypatch.setattr(lessons, "WORK", tmp_path_factory.getbasetemp() / "sets")  # written once
+    monkeypatch.setitem(lessons.plt.rcParams, "savefig.dpi", 60)
     shutil.copytree(ROOT / "benchmark_results" / "lessons" / name, places / "lessons" / name)
     monkeypatch.setattr(lessons.subprocess, "run", lambda *args, **kwargs: pytest.fail("a run is missing"))
     monkeypatch.setattr(sys, "argv", ["lessons.py", name])
@@ -59,6 +62,84 @@ def test_every_lesson_draws_from_its_committed_logs(name, places, monkeypatch):
         for flag, value in zip(words, words[1:]):
             if flag.startswith("--") and not value.startswith("--") and "dataset" not in flag:
                 assert as_asked(flags[flag[2:].replace("-", "_")], value), (label, flag)
+
+
+def test_every_lesson_has_its_place_its_claim_what_one_would_say_and_what_it_does_not_show():
+    assert set(lessons.NAMES) == set(lessons.ABOUT)
+    places = [place for place, *_ in lessons.ABOUT.values()]
+    assert len(set(places)) == len(places) and {int(place) for place in places} <= set(lessons.PARTS)
+    for _, claim, said, limits in lessons.ABOUT.values():
+        assert not claim.endswith(".") and re.fullmatch(r"[^.?!]+.*[.?!] [A-Z].*\.", said) and limits.endswith(".")
+
+
+def test_the_page_is_the_one_that_is_committed(places):
+    kept = ROOT / "benchmark_results" / "lessons"
+    shutil.copytree(kept, places / "lessons", ignore=shutil.ignore_patterns("*.png", "*.csv", "README.md"))
+    lessons.write_page()
+    assert (places / "lessons" / "README.md").read_text() == (kept / "README.md").read_text()
+
+
+def test_in_the_lane_world_mistakes_grow_as_h_squared_for_cloning_and_as_h_for_dagger():
+    H = np.array(lessons.LANE_HORIZONS)
+    for on_policy, power in (False, 2), (True, 1):
+        total, wrong = lessons.lane(on_policy)
+        assert np.allclose(total[:, 1], wrong) and (np.diff(total) >= 0).all()
+        slope = np.polyfit(np.log(H), np.log(total.mean(0)[H]), 1)[0]
+        assert power - 0.25 < slope < power + 0.01
+        assert (total.mean(0)[H] < 1.01 * H**power * wrong.mean()).all()  # the theorems' bounds
+    cloned, wrong = lessons.lane(False)
+    assert np.isclose(wrong.mean(), 2 / 3 * (1 - 1 / lessons.LANE_BENDS) ** 7000, rtol=0.2)  # never seen in 7,000 draws
+    w, rng, x, count = wrong.max(), np.random.default_rng(0), np.zeros(20_000, int), 0.0
+    for _ in range(50):  # the same chain, walked
+        slip = rng.random(len(x)) < np.where(x == 0, w, 2 / 3)
+        count += slip.mean()
+        away = np.where(x == 0, rng.choice((-1, 1), len(x)), np.sign(x))
+        x = np.where(slip, x + away, x - np.sign(x)).clip(-lessons.LANE_VERGE, lessons.LANE_VERGE)
+    assert np.isclose(count, cloned[wrong.argmax(), 50], rtol=0.1)
+
+
+def test_what_lessons_claim_of_runs_is_in_their_logs():
+    kept = ROOT / "benchmark_results" / "lessons"
+
+    def seeds(name, label, key="return_mean"):
+        run = kept / name / label
+        return lessons.lately(*((lessons.losses(run, key), "value") if key == "q_start" else (lessons.evals(run), key)))
+
+    extremes = {"half": 0, "mixed": -1}  # places of the thresholds 0 and 1
+    for part, at in extremes.items():
+        found = [seeds("bcq_discrete", f"{part}-{t}") for t in lessons.BCQ_THRESHOLDS]
+        assert max(found.pop(at)) < min(map(min, found))  # no seed in common
+    dqn, cloned, bcq, cql = (seeds("cql_discrete", f"half-{x}") for x in ("dqn", "cloning", "bcq", "cql"))
+    assert max(dqn) < min(cloned) and min(bcq + cql) > lessons.lander_means()[1]
+    for label in "100000", "10000":
+        assert min(seeds("sac_offline", label, "q_start")) > 1e8 and max(seeds("sac_offline", label, "length_mean")) < 8
+    early = lessons.evals(kept / "sac_offline" / "early")
+    assert lessons.last(early, "discounted_return_mean", 500) > 3 * lessons.last(early, "discounted_return_mean", 3000)
+    control = lessons.last(lessons.rows(kept / "cql" / "cql" / "sarsa.csv"), "value")
+    q, earned = (lessons.last(*x) for x in ((lessons.losses(kept / "cql" / "cql", "q_start"), "value"),
+                                            (lessons.evals(kept / "cql" / "cql"), "discounted_return_mean")))
+    lag = lessons.returns("hopper/medium-v0", 0.99).mean() - control
+    assert 0.6 < lag / (earned - q) < 0.85 and q < control
+    for penalty, sign in ("0", 1), ("5", -1):
+        promised, found = (np.mean(seeds("mopo", penalty, x)) for x in ("q_start", "discounted_return_mean"))
+        assert sign * (promised - found) > 0
+    asked = np.genfromtxt(kept / "dt" / "both" / "targets.csv", delimiter=",", names=True)
+    achieved = asked["return_mean"].reshape(-1, 2)  # (targets, seeds)
+    best = np.unique(asked["target"])[4]
+    assert (np.diff(achieved[1:5], axis=0) > 0).all() and (achieved < best).all() and len(achieved) == 7
+
+
+def test_sarsa_is_the_value_of_the_actions_of_the_data(monkeypatch):
+    """Two ways from one state; the one that begins with less is worth more."""
+    episodes = [SimpleNamespace(observations=np.arange(float(len(r) + 1))[:, None], actions=np.full((len(r), 1), a),
+                                rewards=np.array(r), terminations=np.arange(len(r)) == len(r) - 1)
+                for a, r in ((0.5, [1.0, 0.0, 2.0]), (-0.5, [0.0, 3.0]))]
+    monkeypatch.setattr(lessons.minari, "MinariDataset", lambda _: SimpleNamespace(iterate_episodes=lambda: episodes))
+    args = SimpleNamespace(hidden_dim=16, critic_lr=1e-2, gamma=0.9, tau=0.1, batch_size=32)
+    monkeypatch.setattr(lessons.cql, "Args", lambda: args)
+    *_, one, two = lessons.sarsa(S=2, num_updates=1000).split()
+    known = ((1 + 0.9**2 * 2) + 0.9 * 3) / 2
+    assert np.allclose([float(line.split(",")[2]) for line in (one, two)], known, atol=0.15)
 
 
 def test_a_command_is_run_once_and_its_small_files_are_kept(places, capfd):
