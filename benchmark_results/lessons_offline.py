@@ -85,33 +85,38 @@ def extrapolation_draw(runs):
         with open(runs[str(n)] / "eval.csv") as file:
             earned = [float(row["discounted_return_mean"]) for row in csv.DictReader(file)]
         logs[n] = {name: np.array([float(row[name]) for row in rows]) for name in rows[0]} | {"earned": np.array(earned)}
-    for name, color, text in (("q_pi", "C3", "at the bootstrapped action π(s')"), ("q_data", "C1", "at the data's action"),
-                              ("earned", "C0", "what the policy earns")):
+    distance = np.array([logs[n]["distance"].mean() for n in UPDATES])
+    apart = logs[UPDATES[-1]]["distance_of_any"].mean()
+    for name, color, text, place in (("q_pi", "C3", "promised: Q(s', π(s'))", (1.25, 300)),
+                                     ("earned", "C0", "earned", (1.7, 5.5))):
         y = np.array([logs[n][name] for n in UPDATES])  # (updates, seeds)
-        left.plot(UPDATES, y.mean(1), "o-", color=color, lw=2.5)
-        left.fill_between(UPDATES, y.min(1), y.max(1), color=color, alpha=0.2, lw=0)
-        left.annotate(text, (UPDATES[-1], y[-1].mean()), (-6, 12 if name != "q_data" else -18),
-                      textcoords="offset points", ha="right", color=color)
-    left.set(xscale="log", yscale="symlog", xlabel="updates", ylabel="Q, discounted return",
-             title="SAC offline: the error begins at π(s') and is passed on")
-    left.set_xticks(UPDATES, [f"{n:,}" for n in UPDATES])
-    left.minorticks_off()
+        left.plot(distance, y.mean(1), "o-", color=color, lw=2.5)
+        left.fill_between(distance, y.min(1), y.max(1), color=color, alpha=0.2, lw=0)
+        left.text(*place, text, color=color)
+        if name == "q_pi":
+            for n, x, mean in zip(UPDATES, distance, y.mean(1)):
+                left.annotate(f"{n:,}" + " updates" * (n == UPDATES[0]), (x, mean), (0, -18), textcoords="offset points",
+                              ha="left" if n == UPDATES[0] else "center", fontsize=11)
+    left.axvline(apart, color="0.4", ls="--", lw=1)
+    left.text(apart + 0.02, 1.3, "as far as two of\nthe data's actions", color="0.3")
+    left.set(yscale="log", ylim=(1, 3000), xlabel="distance of π(s'), the bootstrapped action, from the data's action",
+             ylabel="discounted value", title="SAC offline: as π(s') leaves the data, promise and return part")
     found = extrapolation_numbers()
-    for y, color, text, at, up in ((found.picked, "C3", "actions outside the data that the maximum picks", 12, 0.25),
-                                   (found.all, "C1", "the data's own actions", 12, 0.25),
-                                   (found.data, "C2", "the same, if the maximum is over the data's actions", 12, -0.45)):
+    for y, color, text, up in ((found.picked, "C3", "actions outside the data that the maximum picks", 0.2),
+                               (found.all, "C1", "the data's own actions", 0.08),
+                               (found.data, "C2", "these, if the maximum is over the data's actions", 0.25)):
         right.plot(y.mean(1), color=color, lw=2.5)
-        right.text(at, y[at:].mean() + up, text, color=color, ha="center")
+        right.text(SWEEPS, y[12:].mean() + up, text, color=color, ha="right")
     right.axhline(0, color="black", lw=1)
-    right.set(xlabel="sweeps", ylabel="Q - true Q of the greedy policy", title="In a table the same, with the truth known")
+    right.set(xlabel="sweeps", ylabel="Q - true Q of the greedy policy", title="In a table: the truth is known", ylim=(-0.1, 3))
     finish(figure, "Q errs at actions that the data lack, and bootstrapping passes the error on to those that they hold",
-           "50 batches of 8 random episodes: mean", right, (0.99, 0.9))
-    left.text(0.02, 0.9, "Hopper medium, 3 seeds:\nmean, range", transform=left.transAxes, fontsize=11)
+           "50 batches of 8 random episodes: mean", right, (0.99, 0.93))
+    left.text(0.2, 0.9, "Hopper medium, 3 seeds:\nmean, range", transform=left.transAxes, fontsize=11)
     first, end = logs[UPDATES[0]], logs[UPDATES[-1]]
     return figure, (
         f"on Hopper medium the action that SAC offline bootstraps from is {first['distance'].mean():.2f} away from the data's "
         f"after {UPDATES[0]} updates and {end['distance'].mean():.2f} after {UPDATES[-1]:,} (two of the data's actions are "
-        f"{end['distance_of_any'].mean():.2f} apart); Q is {end['q_pi'].mean():.0f} there, {end['q_data'].mean():.0f} at "
-        f"the data's own, and the policy earns {end['earned'].mean():.0f}. In the lattice Q is "
+        f"{apart:.2f} apart); Q is then {end['q_pi'].mean():.0f} there and {end['q_data'].mean():.0f} at the data's own, and "
+        f"the policy earns {end['earned'].mean():.0f}. In the lattice Q is "
         f"{found.picked[-1].mean():.1f} too high at the actions outside the data that the maximum picks and "
-        f"{found.all[-1].mean():.1f} at the data's own; {found.data[-1].mean():.1f} where the maximum is over the data's")
+        f"{found.all[-1].mean():.1f} at the data's own; {abs(found.data[-1].mean()):.1f} where the maximum is over the data's")

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("lessons", ROOT / "benchmark_results" / "lessons.py")
 lessons = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(lessons)
+import lessons_offline as offline
 import lessons_tabular as tabular
 import lessons_weights as weights
 
@@ -266,3 +267,10 @@ def test_only_td_advantages_tell_the_actions_of_one_state_apart():
     np.testing.assert_allclose(td[0], reward - reward.mean(0), atol=1e-4)
     earned = found.policy.sum(-1).mean(1)
     assert (np.diff(earned) < 0).all() and earned[0] > weights.STEPS * right["careful"] - 0.1 > earned[-1] + 0.5
+
+
+def test_what_the_maximum_picks_outside_the_data_is_passed_on():
+    found = offline.extrapolation_numbers()
+    assert found.picked[-1].mean() > 2 > found.all[-1].mean() > 0.8
+    assert np.abs(found.data[-1]).max() < 1e-3  # over the data's actions Q is that of its policy
+    assert np.allclose(found.all[-1], found.all[-5], atol=0.02)  # and so it stays
