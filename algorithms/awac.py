@@ -15,7 +15,7 @@ Nair, Gupta, Dalal & Levine, 2020. https://arxiv.org/abs/2006.09359
 
 Logs q_start, Q where episodes begin, which lags 1 / (tau (1 - gamma)) updates behind: see eval.csv's discounted return.
 Departs from the paper: as in the authors' code (rlkit) w is normalised over the batch, and min_i is over two critics.
-Unlike there batches of 256, not 1024, and PyTorch's initial weights. CORL: w = exp(3 A) up to 100, draws within +-1.
+Unlike there draws within +-1 (else Q runs away), batches of 256, PyTorch's initial weights. CORL: w = exp(3 A) <= 100.
 Shapes: S seeds, B batch, E critics, N transitions. The S seeds train side by side and never interact.
 """
 import copy
@@ -101,9 +101,9 @@ class Actor(nn.Module):
     def log_std(self):  # (S, 1, act_dim), in [-6, 0]
         return -6 + 6 * torch.sigmoid(self.raw_std)
 
-    def sample(self, s):  # -> a (S, B, act_dim)
+    def sample(self, s):  # within the box, as the environment would act: -> a (S, B, act_dim)
         mean = self(s)
-        return mean + self.log_std().exp() * torch.randn_like(mean)
+        return (mean + self.log_std().exp() * torch.randn_like(mean)).clamp(-1, 1)
 
     def log_prob(self, s, a):  # (S, B)
         z = (a - self(s)) / self.log_std().exp()
