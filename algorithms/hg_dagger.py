@@ -10,7 +10,7 @@ Kelly, Sidrane, Driggs-Campbell & Kochenderfer, ICRA 2019. https://arxiv.org/abs
         pi_i = g pi* + (1 - g) pi acts: g = 1 while the expert pi* has control; in round 1 always, for D_BC
         D    <- D + {(s, pi*(s))},   the states s with g = 1 only
         L_pi = E_D[ (pi(s) - pi*(s))^2 ]
-    tau = mean of the last quarter of I, the doubts |diag C(s)| at takeovers, C the covariance of pi's members
+    tau = mean of the last quarter of I, the doubts |diag C(s)| at takeovers, C the covariance (1/E) of pi's members
 
     python algorithms/hg_dagger.py --num-seeds 3 --num-updates 50000
 

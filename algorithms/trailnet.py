@@ -15,9 +15,9 @@ Giusti et al., IEEE Robotics and Automation Letters 1(2), 2016. https://doi.org/
 
 With --no-side-cameras it is never shown a turn. accuracy is that of the most likely class, over the three
 cameras on other trails. The score is PilotNet's autonomy, 100 (1 - 6 s * interventions / elapsed time).
-Departs from the paper: trails are drawn, on a plane; a formula walks; constant speed; Adam. The layers (32 maps
-of 4 x 4 and 2 x 2 pooling, four times; 200 units; tanh) and the law of the turn could not be checked against
-its text; labels, sizes and distortions agree with a summary of it.
+Departs from the paper: trails are drawn, on a plane; a formula walks, at constant speed; left to itself the walker
+pulls to a side a bit; Adam, PyTorch's initial weights. The layers (32 maps of 4 x 4 and 2 x 2 pooling, four times;
+200 units; tanh) and the law of the turn could not be checked against its text; the rest agrees with a summary.
 Shapes: S seeds, B batch, N frames, J stations of the trail ahead, R rows below the horizon, H x W pixels.
 """
 from dataclasses import dataclass

@@ -681,7 +681,7 @@ ABOUT = {
         "No label ever says what Q is at an action that the data lack, and the max asks exactly there. The target "
         "takes the error over, so in the end Q is wrong at the data's own actions as well.",
         "Where the error comes from in a network: the spread is computed in tables, whose untried actions keep their "
-        "first guess."),
+        "first guess. On the left Q is a mean over states of the data, the return one from the start."),
     "importance": (
         2.2, "The further the policies are apart and the longer the episodes, the wider importance sampling spreads",
         "Weights π/π_β make the data look as if π had made them, in expectation. Each step multiplies them, so soon a "
