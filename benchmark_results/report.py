@@ -66,7 +66,8 @@ ABSENT, RESAMPLES = "–", 10_000  # absent: what an older run.json did not note
 ENOUGH = 5  # seeds for an interval
 FLAT, FALL = 1 / 200, 1 / 4  # what is flagged: a deviation over seeds to the mean, a seed's fall from its best
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
-                     "legend.frameon": False, "font.size": 9, "legend.fontsize": 8, "savefig.dpi": 100})
+                     "legend.frameon": False, "font.size": 9, "legend.fontsize": 8})
+DPI = 100  # of the plots
 
 
 def named(label):
@@ -574,11 +575,11 @@ def main(argv=None):
         return
     plots.mkdir(exist_ok=True)
     if panels(cells):
-        draw_curves(cells, data).savefig(plots / "curves.png")
+        draw_curves(cells, data).savefig(plots / "curves.png", dpi=DPI)
     for dataset in data:
         inside = [cell for cell in cells if cell.dataset == dataset]
         if not all(cell.exact for cell in inside):
-            draw_page(inside, data).savefig(plots / f"{slug(dataset)}.png")
+            draw_page(inside, data).savefig(plots / f"{slug(dataset)}.png", dpi=DPI)
             curves[slug(dataset)] = inside, data[dataset][inside[0].scored], LINES.get(dataset, ())
     plt.close("all")
     if args.html:

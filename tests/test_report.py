@@ -28,7 +28,7 @@ ABOUT = {"commit": "0123456789abcdef", "python": "3.11.7", "torch": "2.13.0", "n
 def root(tmp_path, monkeypatch):
     """A repository without results, whose plots are empty files."""
     for name in DRAW:
-        monkeypatch.setattr(report, name, lambda *_: SimpleNamespace(savefig=Path.touch))
+        monkeypatch.setattr(report, name, lambda *_: SimpleNamespace(savefig=lambda path, **_: path.touch()))
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "RESAMPLES", 500)
     (tmp_path / "benchmark_results").mkdir()
@@ -499,7 +499,7 @@ def test_many_curves_stay_below_the_height_of_a_screen(root, monkeypatch):
         put(root, "a-v0", f"m{i}", [1, 7], [3, 4])
     put(root, "a-v0", "bc", [1, 7], [3, 4])
     figure = DRAW["draw_page"](report.read_all(), {"a-v0": [2, 2]})
-    assert figure.get_size_inches()[1] * report.plt.rcParams["savefig.dpi"] <= 1000
+    assert figure.get_size_inches()[1] * report.DPI <= 1000
     assert len(figure.axes) == 8 and max(len(axis.lines) for axis in figure.axes) == 6  # four, BC, the data
     report.plt.close(figure)
 
