@@ -104,8 +104,8 @@ class Actor(nn.Module):
         super().__init__()
         self.net = mlp((S,), obs_dim, d_hidden, d_hidden, 2 * act_dim)
 
-    def sample(self, s):  # u ~ pi(s), before tanh: (S, B, obs_dim) -> (S, B, act_dim)
-        mean, log_std = self.net(s).chunk(2, -1)
+    def sample(self, s, n=1):  # u ~ pi(s), before tanh, n per state: (S, B, obs_dim) -> (S, n B, act_dim)
+        mean, log_std = self.net(s).repeat(1, n, 1).chunk(2, -1)
         return mean + log_std.clamp(-5, 2).exp() * torch.randn_like(mean)
 
 
@@ -148,7 +148,7 @@ class Policy(nn.Module):
 
     def forward(self, s):  # (S, B, obs_dim) -> (S, B, act_dim)
         s_rep = s.repeat(1, self.n, 1)  # (S, n B, obs_dim)
-        a = torch.tanh(self.actor.sample(s_rep)).view(len(s), self.n, *s.shape[1:2], -1)  # (S, n, B, act_dim)
+        a = torch.tanh(self.actor.sample(s, self.n)).view(len(s), self.n, *s.shape[1:2], -1)  # (S, n, B, act_dim)
         best = self.critic.first(s_rep, a.flatten(1, 2)).view(a.shape[:3]).argmax(1)  # (S, B)
         return a.gather(1, best[:, None, :, None].expand(-1, -1, -1, a.shape[-1])).squeeze(1)
 
@@ -168,7 +168,7 @@ def critic_loss(critic, critic_target, actor_target, batch, args):
     s, a, r, s_next, d = batch
     with torch.no_grad():
         s_rep = s_next.repeat(1, args.num_draws, 1)  # (S, n B, obs_dim)
-        q = critic_target(s_rep, torch.tanh(actor_target.sample(s_rep)))  # (S, E, n B)
+        q = critic_target(s_rep, torch.tanh(actor_target.sample(s_next, args.num_draws)))  # (S, E, n B)
         soft = args.lam * q.amin(1) + (1 - args.lam) * q.amax(1)  # (S, n B)
         y = r + args.gamma * (1 - d) * soft.unflatten(-1, (args.num_draws, -1)).amax(1)  # (S, B)
     return (critic(s, a) - y.unsqueeze(1)).square().sum(1).mean(-1)
@@ -189,7 +189,7 @@ def actor_loss(actor, critic, vae, alpha, count, batch, args):
     s_rep = s.repeat(1, args.num_match, 1)  # (S, m B, obs_dim)
     with torch.no_grad():
         v = vae.sample(s_rep).unflatten(1, (args.num_match, -1))  # (S, m, B, act_dim)
-    u = actor.sample(s_rep)
+    u = actor.sample(s, args.num_match)
     q = critic(s_rep, torch.tanh(u)).amin(1).mean(-1) * (count >= args.warmup)  # (S, E, m B) -> (S,)
     distance = mmd(u.unflatten(1, (args.num_match, -1)), v, args).mean(-1)
     return alpha().detach() * (distance - args.threshold) - q, distance.detach()
