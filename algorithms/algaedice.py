@@ -16,7 +16,7 @@ Return regularised by a divergence of d_pi, what pi visits, from d_D, the data: 
               zeta_j = max(f'(delta_j), 0), taken as fixed: the gradient of -J in pi
     L_alpha = E[ -alpha (log pi(a'|s') + H) ],   H = -dim(A)                  SAC (18)
 
-    python algorithms/algaedice.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000
+    python algorithms/algaedice.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 20000
 
 Logs q_start, Q where episodes begin, and zeta, mean of zeta_j / w: 1 if that is the ratio. If m < 1 it rests
 at the visits for a discount of m gamma, (1 - gamma) / (1 - m gamma) of them: 0.01 for the authors' m.

@@ -8,7 +8,7 @@ Fujimoto, Meger & Precup, ICML 2019. https://arxiv.org/abs/1812.02900
 
     L_pi = E[ (pi(s, z) - a)^2 + KL / 2 ],   z = mu(s, a) + sigma(s, a) eps,   KL = (mu^2 + sigma^2 - 1) / 2 - log sigma
 
-    python algorithms/bc_vae.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000
+    python algorithms/bc_vae.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 20000
 
 Departs from the paper: as in the authors' code both terms are means over dimensions; acting: z = clip(eps, -0.5, 0.5).
 The policy is a sampler: evaluation seeds its noise, policy.pt2 draws anew from torch's generator at every call.

@@ -17,7 +17,7 @@ Then SAC learns from batches of which a share f is data, D, the rest from rollou
     L_pi    = E[ alpha log pi(a|s) - min_j Q_j(s, a) ],   a ~ pi(s)                                    (5)
     L_alpha = E[ -alpha (log pi(a|s) + H) ],   H = -dim(A)
 
-    python algorithms/combo.py --num-seeds 2 --num-updates 10000 --eval-every 1000 --model-epochs 30
+    python algorithms/combo.py --num-seeds 2 --num-updates 5000 --eval-every 500 --model-epochs 30
 
 Logs q_start, Q where episodes begin, which lags 1 / (tau (1 - gamma)) updates behind: see eval.csv's discounted return.
 Departs from the paper: no code is public; entropy in L_pi, networks, rates, f, beta, h are OfflineRL-Kit's,

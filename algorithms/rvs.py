@@ -10,7 +10,7 @@ Emmons, Eysenbach, Kostrikov & Levine, ICLR 2022. https://arxiv.org/abs/2112.107
     RvS-R: omega_t = sum_{k >= t} r_k / (H - t),   H the longest episode;   acting: always target_return / H
     RvS-G: omega_t = the goal achieved by s_h, h uniform over what follows t in its episode;   acting: that of s
 
-    python algorithms/rvs.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000
+    python algorithms/rvs.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 20000
 
 Reward-Conditioned Policies (Kumar, Peng & Levine 2019) do it online: RCP-R by returns, RCP-A by advantages.
 Departs from the paper: batches of 256, not 16,384; nn.Linear's first weights; asks for the data's best return
