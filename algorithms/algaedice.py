@@ -18,8 +18,8 @@ Return regularised by a divergence of d_pi, what pi visits, from d_D, the data: 
 
     python algorithms/algaedice.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 20000
 
-Logs q_start, Q where episodes begin, and zeta, mean of zeta_j / w: 1 if that is the ratio. If m < 1 it rests
-at the visits for a discount of m gamma, (1 - gamma) / (1 - m gamma) of them: 0.01 for the authors' m.
+Logs q_start, Q where episodes begin, and zeta, mean of zeta_j / w: 1 if that is the ratio and nothing terminates.
+If m < 1 it rests at the visits for a discount of m gamma, (1 - gamma) / (1 - m gamma) of them: 0.01 for the authors' m.
 Departs from the paper: as in the authors' code Q~, mean_j, max(., 0), entropy, W'W; w is alpha^(p - 1) of the
 paper's alpha f(delta / alpha). Unlike there s_0 is the data's, not the environment's; PyTorch's first weights.
 Shapes: S seeds, B batch, E critics, N transitions. The S seeds train side by side and never interact.
@@ -167,6 +167,10 @@ def prepare(data, args):
         fail(f"--exponent {args.exponent} is not above 1: |x|^p is not convex and smooth")
     if args.online_share > 1:
         fail(f"--online-share {args.online_share} is a share above 1")
+    if args.gamma == 1:
+        fail(f"--gamma {args.gamma} is 1: nothing is left of Q where episodes begin")
+    if not args.algae_alpha:
+        fail(f"--algae-alpha {args.algae_alpha} is no weight of Q where episodes begin")
 
 
 class Agent(nn.Module):

@@ -15,9 +15,10 @@ Then the steps with the highest G / V(s), a share p of all (those with G > x V(s
     python algorithms/bail.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000 --envelope-epochs 200
 
 An episode that is cut off after T steps goes on: at t with G of that of its first T - t + 1 states nearest to its last.
-Departs from the paper: as in the authors' code lambda is Adam's decay. There early stopping restores nothing, here V is
-the best one. Any cut-off episode goes on, not only one of 1,000 steps, and loses no term of gamma^1000, G is shifted to
-be 0 or more, pi has 2 x 256 units, not 400 and 300, and pi and V see normalised observations.
+Departs from the paper: as in the authors' code lambda is Adam's decay. There early stopping neither stops nor
+restores V, here it does both; five times their updates. Any cut-off episode goes on, not only one of 1,000 steps, and
+loses no term of gamma^1000, G is shifted to be 0 or more, pi has 2 x 256 units, not 400 and 300, and pi and V see
+normalised observations.
 Shapes: S seeds, B batch, N transitions. The S seeds train side by side and never interact.
 """
 import copy

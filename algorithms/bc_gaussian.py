@@ -11,8 +11,9 @@ Wu, Tucker & Nachum, 2019. https://arxiv.org/abs/1911.11361
 
     python algorithms/bc_gaussian.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000
 
-Departs from the paper: no entropy bonus, which the authors' code adds, and normalised observations. As there log sigma
-is in [-5, 0] through tanh and actions are kept 1e-3 off +-1, where u is infinite. tanh(mu) is the median, not the mode.
+Departs from the paper: no entropy bonus, which the authors' code adds, normalised observations, BC's network and rate.
+As there log sigma is in [-5, 0] through tanh and actions are kept 1e-3 off +-1, where u is infinite. tanh(mu) is the
+median, not the mode.
 Shapes: S seeds, B batch, N transitions. The S seeds train side by side and never interact.
 """
 import math

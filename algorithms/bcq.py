@@ -16,7 +16,8 @@ Fujimoto, Meger & Precup, ICML 2019. https://arxiv.org/abs/1812.02900
     python algorithms/bcq.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 10000
 
 a'_i is of the targets Q', xi'. The policy draws: evaluation seeds it, policy.pt2 draws anew at every call.
-Departs from the paper: as in the authors' code KL counts a quarter of what algorithm 1 has; their widths and rates.
+Departs from the paper: as in the authors' code KL counts a quarter of what algorithm 1 has, and 100 draws act, not n;
+their widths and rates.
 Shapes: S seeds, B batch, E critics, n draws, N transitions. The S seeds train side by side and never interact.
 """
 import copy
@@ -81,7 +82,7 @@ class Critic(nn.Module):
 
     def __init__(self, S, obs_dim, act_dim, d_hidden, E=2):
         super().__init__()
-        self.net = mlp((S, E), obs_dim + act_dim, d_hidden, 3 * d_hidden // 4, 1)
+        self.net = mlp((S, E), obs_dim + act_dim, d_hidden, (3 * d_hidden + 3) // 4, 1)
 
     def forward(self, s, a):  # (S, B, .) -> (S, E, B)
         return self.net(torch.cat([s, a], -1).unsqueeze(1)).squeeze(-1)
@@ -95,7 +96,7 @@ class Perturbation(nn.Module):
 
     def __init__(self, S, obs_dim, act_dim, d_hidden, phi):
         super().__init__()
-        self.net, self.phi = mlp((S,), obs_dim + act_dim, d_hidden, 3 * d_hidden // 4, act_dim), phi
+        self.net, self.phi = mlp((S,), obs_dim + act_dim, d_hidden, (3 * d_hidden + 3) // 4, act_dim), phi
 
     def forward(self, s, b):  # (S, B, .) -> (S, B, act_dim)
         return (b + self.phi * torch.tanh(self.net(torch.cat([s, b], -1)))).clamp(-1, 1)

@@ -17,7 +17,8 @@ Kumar, Fu, Tucker & Levine, NeurIPS 2019. https://arxiv.org/abs/1906.00949
     python algorithms/bear.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 10000 --warmup 2000
 
 a'_i is of the targets Q', pi'. The policy draws: evaluation seeds it, policy.pt2 draws anew at every call.
-Departs from the paper: as in the authors' code for D4RL Q enters L_pi after a warm-up, and w is no square.
+Departs from the paper: as in the authors' code for D4RL Q enters L_pi after a warm-up, w is no square, 100 draws act,
+and sizes, rates and m are those; unlike there PyTorch's initial weights.
 Shapes: S seeds, B batch, E critics, n draws, N transitions. The S seeds train side by side and never interact.
 """
 import copy
@@ -205,11 +206,11 @@ def prepare(data, args):
     """Observations and rewards stay as they are."""
     if args.lam > 1:
         fail(f"--lam cannot be {args.lam}: it is a share")
-    if args.width == 0:
-        fail("--width cannot be 0")
 
 
 class Agent(nn.Module):
+    least = {"warmup": 0, "width": 1e-9}
+
     def __init__(self, args, obs_dim, act_dim, data):
         super().__init__()
         self.args, self.data, self.updates_per_call, S = args, data, 1, args.num_seeds

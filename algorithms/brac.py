@@ -20,7 +20,7 @@ The behaviour policy beta is cloned first and stays as it is; a divergence D(s) 
 
     python algorithms/brac.py --num-seeds 2 --num-updates 10000 --clone-updates 10000 --warmup 2000 --actor-lr 3e-4
 
-Departs from the paper: as in the authors' code Q enters L_pi after a warm-up; b_i of beta, not of the data, in kl_dual.
+Departs from the paper: as in the authors' code a warm-up without Q, b_i of beta in kl_dual; PyTorch's initial weights.
 Shapes: S seeds, B batch, E critics, n draws. The S seeds train side by side and never interact.
 """
 import copy
@@ -193,9 +193,8 @@ def alpha_loss(alpha, excess):
     return (-alpha() * excess).mean(-1)
 
 
-def c_loss(nets, batch, args):
+def c_loss(nets, s, args):
     """L_c = E[ -D(s) + 5 max(0, |grad_x c(s, x)| - 1)^2 ],  x at random between a_0 and b_0"""
-    s, *_ = batch
     a, b = (net.sample(s)[0].detach() for net in nets[:2])
     x = (a + torch.rand_like(a[..., :1]) * (b - a)).requires_grad_()
     (grad,) = torch.autograd.grad(nets[2](s, x).sum(), x, create_graph=True)
@@ -209,11 +208,13 @@ def prepare(data, args):
 
 
 class Agent(nn.Module):
+    least = {"warmup": 0}
+
     def __init__(self, args, obs_dim, act_dim, data):
         super().__init__()
         self.args, self.data, self.updates_per_call, S = args, data, 1, args.num_seeds
-        self.actor = self.policy = Actor(S, obs_dim, act_dim, 2 * args.hidden_dim // 3)
-        self.behaviour = Actor(S, obs_dim, act_dim, 2 * args.hidden_dim // 3)
+        self.actor = self.policy = Actor(S, obs_dim, act_dim, (2 * args.hidden_dim + 2) // 3)
+        self.behaviour = Actor(S, obs_dim, act_dim, (2 * args.hidden_dim + 2) // 3)
         self.critic = Critic(S, obs_dim, act_dim, args.hidden_dim)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.c = Critic(S, obs_dim, act_dim, args.hidden_dim, 1)
@@ -232,7 +233,7 @@ class Agent(nn.Module):
         l_pi, distance = actor_loss(self.critic, nets, self.alpha, self.count, batch, args)
         step(self.actor_opt, l_pi)
         for _ in range(3 if args.divergence == "kl_dual" else 0):
-            step(self.c_opt, c_loss(nets, sample(self.data, args), args))
+            step(self.c_opt, c_loss(nets, sample(self.data, args)[0], args))
         if args.target_divergence is not None:
             step(self.alpha_opt, alpha_loss(self.alpha, distance - args.target_divergence))
             self.alpha.value.data.clamp_(0, 500)

@@ -17,7 +17,7 @@ Ross, Gordon & Bagnell, AISTATS 2011. https://arxiv.org/abs/1011.0686  (Algorith
 Departs from the paper: each round goes on from the weights of the last one, with a fixed number of Adam steps on all of
 D, on observations normalised by D; the last policy is kept, not the best on validation data; a round is a fixed number
 of steps and begins with a reset.
-With --rounds 1 --steps-per-round 20000 it is behaviour cloning of as many labels, all on the expert's way.
+With --rounds 1 --steps-per-round 20000 it is behaviour cloning, all of it on the expert's way.
 Shapes: S seeds, B batch, N labels. Each seed has environments and data of its own and they never interact.
 """
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Args:
     env_id: str = "Hopper-v5"  # Gymnasium environment with continuous actions
     seed: int = 0  # seeds every random stream; agent k of a run is not the agent of --seed k
     num_seeds: int = 1  # independent agents trained side by side
-    num_updates: int = 100_000  # gradient steps of each agent, over all rounds
+    num_updates: int = 100_000  # gradient steps of each agent, over all rounds: a multiple of them, rounded up
     eval_every: int = 5_000  # updates between two evaluations
     eval_episodes: int = 10  # episodes per agent and evaluation; 0: no evaluation
     eval_workers: int = 4  # at most so many processes evaluate while training goes on

@@ -10,7 +10,7 @@ Chen, Lu, Rajeswaran, Lee, Grover, Laskin, Abbeel, Srinivas & Mordatch, NeurIPS 
 
     python algorithms/filtered_bc.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000
 
-Departs from the paper: a share of the episodes, not of their steps, as in CORL; BC's network; `sliding` is not in it.
+Departs from the paper: a share of the episodes, as in CORL, cut-off ones with what they have; BC's network; `sliding`.
 Shapes: S seeds, B batch, N transitions. The S seeds train side by side and never interact.
 """
 from dataclasses import dataclass

@@ -10,14 +10,14 @@ Kelly, Sidrane, Driggs-Campbell & Kochenderfer, ICRA 2019. https://arxiv.org/abs
         pi_i = g pi* + (1 - g) pi acts: g = 1 while the expert pi* has control; in round 1 always, for D_BC
         D    <- D + {(s, pi*(s))},   the states s with g = 1 only
         L_pi = E_D[ (pi(s) - pi*(s))^2 ]
-    tau = mean of the last quarter of I, the doubts |diag C(s)| at takeovers, C the covariance (1/E) of pi's members
+    tau = mean of the last quarter of doubts |diag C(s)| at takeovers, C the covariance (1/E) of pi's members (own L_pi)
 
     python algorithms/hg_dagger.py --num-seeds 3 --num-updates 50000
 
 Departs from the paper: each round goes on from the weights of the last one, with a fixed number of Adam steps on all of
 D, on observations normalised by D; the gate is a rule (see --threshold) or a person (--gate); a round is a fixed number
 of steps and begins with a reset.
-With --rounds 1 --steps-per-round 20000 it is behaviour cloning of as many labels, all on the expert's way.
+With --rounds 1 --steps-per-round 20000 it is behaviour cloning, all of it on the expert's way.
 Shapes: S seeds, B batch, N labels. Each seed has environments and data of its own and they never interact.
 """
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Args:
     env_id: str = "Hopper-v5"  # Gymnasium environment with continuous actions
     seed: int = 0  # seeds every random stream; agent k of a run is not the agent of --seed k
     num_seeds: int = 1  # independent agents trained side by side
-    num_updates: int = 100_000  # gradient steps of each agent, over all rounds
+    num_updates: int = 100_000  # gradient steps of each agent, over all rounds: a multiple of them, rounded up
     eval_every: int = 5_000  # updates between two evaluations
     eval_episodes: int = 10  # episodes per agent and evaluation; 0: no evaluation
     eval_workers: int = 4  # at most so many processes evaluate while training goes on
@@ -53,7 +53,7 @@ class Args:
     steps_per_round: int = 1_000  # of each agent and round; fewer than an episode has never show its end
     gate: Literal["discrepancy", "keyboard"] = "discrepancy"  # who takes over: the expert or a person
     threshold: float = 0.5  # the expert takes over, g = 1, where |pi*(s) - pi(s)| is more; actions in [-1, 1]
-    hold: int = 10  # it hands back, g = 0, after so many steps in a row where it is not, or without a key
+    hold: int = 10  # it hands back, g = 0, at the hold-th step in a row where it is not, or without a key
     ensemble: int = 5  # E: members, whose mean is pi; they differ in their first weights and batches
     horizon: int | None = None  # steps of an episode, in training and evaluation; default: the environment's
 

@@ -161,7 +161,7 @@ class Agent(nn.Module):
         self.square.lerp_(adv.square().mean(-1), args.norm_rate)
         l_v = value_loss(self.value, (s, a, ret))
         l_pi = actor_loss(self.actor, (s, a, weights(adv, self.square, args)))
-        step(self.actor_opt, l_pi + args.value_weight * l_v / self.square)
+        step(self.actor_opt, l_pi + (args.beta > 0) * args.value_weight * l_v / self.square)
         return {"value_loss": l_v, "actor_loss": l_pi}  # each (S,)
 
 

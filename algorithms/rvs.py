@@ -14,8 +14,8 @@ Emmons, Eysenbach, Kostrikov & Levine, ICLR 2022. https://arxiv.org/abs/2112.107
 
 Reward-Conditioned Policies (Kumar, Peng & Levine 2019) do it online: RCP-R by returns, RCP-A by advantages.
 Departs from the paper: batches of 256, not 16,384; nn.Linear's first weights; asks for the data's best return
-over H. The authors' code tries shares of an expert's over the time limit; its RvS-G draws an episode, then two
-of its steps, the earlier as t.
+over H. The authors' code tries returns from a random policy's to beyond an expert's, over the time limit; its RvS-G
+draws an episode, then two of its steps, the earlier as t.
 Shapes: S seeds, B batch, N transitions. The S seeds train side by side and never interact.
 """
 from dataclasses import dataclass

@@ -273,7 +273,7 @@ def test_an_update_draws_where_episodes_begin_and_moves_actor_and_targets_once(f
     assert losses["zeta"].shape == (S,) and (losses["zeta"] > 0).all()
 
 
-@pytest.mark.parametrize("flag, value", [("exponent", 1.0), ("online_share", 1.5)])
+@pytest.mark.parametrize("flag, value", [("exponent", 1.0), ("online_share", 1.5), ("algae_alpha", 0.0), ("gamma", 1.0)])
 def test_bad_input_is_one_sentence(flag, value, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         agent_of(tmp_path, **{flag: value})

@@ -163,7 +163,7 @@ def test_the_discriminator_learns_kl():
     c, s = brac.Critic(1, 1, 1, 32, 1), torch.zeros(1, 256, 1)
     opt, args = torch.optim.Adam(c.parameters(), 1e-2), SimpleNamespace(num_draws=4)
     for _ in range(150):
-        brac.step(opt, brac.c_loss((pi, beta, c), (s,), args))
+        brac.step(opt, brac.c_loss((pi, beta, c), s, args))
     assert exact > 0.04 and brac.kl_dual(s, 200, pi, beta, c).mean().item() == pytest.approx(exact, abs=0.02)
 
 
@@ -181,7 +181,7 @@ def test_the_penalty_of_the_discriminator_is_on_slopes_above_1(batch, monkeypatc
     rate = torch.tensor([0.5, 1.0, 3.0]).view(S, 1, 1)
     line = lambda s, a: rate * a.sum(-1).unsqueeze(1) / A**0.5  # with a slope of 0.5, 1, 3
     monkeypatch.setattr(brac, "kl_dual", lambda s, *_: torch.zeros(S, B))
-    close(brac.c_loss((*nets[:2], line), batch, ARGS), [0, 0, 20])
+    close(brac.c_loss((*nets[:2], line), batch[0], ARGS), [0, 0, 20])
 
 
 @pytest.mark.parametrize("divergence", ["kl", "mmd"])

@@ -179,6 +179,8 @@ def test_without_beta_it_clones():
     for _ in range(200):
         agent.update()
     np.testing.assert_allclose(agent.policy(agent.data.obs[:1])[:, 0, 0].detach(), np.full(S, 0.25), atol=0.05)
+    *_, last = agent.actor.net
+    assert not last.weight.grad[..., -1].any() and last.weight.grad[..., 0].any()  # V has no part in a clone
 
 
 # --- as tests/test_runs.py does, on labels of all steps ---
