@@ -11,7 +11,7 @@ Nair, Gupta, Dalal & Levine, 2020. https://arxiv.org/abs/2006.09359
     A    = min_i Q_i(s, a) - min_i Q_i(s, a~),   a~ ~ pi(s)
     L_pi = E[ -w log pi(a|s) ],   w = exp(A / lambda) / E[ exp(A / lambda) ]
 
-    python algorithms/awac.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000
+    python algorithms/awac.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 50000
 
 Logs q_start, Q where episodes begin, which lags 1 / (tau (1 - gamma)) updates behind: see eval.csv's discounted return.
 Departs from the paper: as in the authors' code (rlkit) w is normalised over the batch, and min_i is over two critics.

@@ -20,8 +20,8 @@ Then SAC learns from batches of which a share f is data, D, the rest from rollou
     python algorithms/combo.py --num-seeds 2 --num-updates 5000 --eval-every 500 --model-epochs 30
 
 Logs q_start, Q where episodes begin, which lags 1 / (tau (1 - gamma)) updates behind: see eval.csv's discounted return.
-Departs from the paper: no code is public; entropy in L_pi, networks, rates, f, beta, h are OfflineRL-Kit's,
-without its cosine and its sums over 3 b (a lost reshape); no 1/2: beta is twice the paper's; rollouts by pi.
+Departs from the paper: no code is public; entropy in L_pi, networks, rates, f, beta, h are OfflineRL-Kit's, without
+its cosine and sums over 3 b (a lost reshape); the fit has an end; no 1/2: beta is twice the paper's; rollouts by pi.
 Shapes: S seeds, E networks or critics, B batch, N transitions. The S seeds train side by side and never interact.
 """
 import copy

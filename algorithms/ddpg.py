@@ -12,7 +12,7 @@ Lillicrap et al., ICLR 2016. https://arxiv.org/abs/1509.02971  Online; with --re
     python algorithms/ddpg.py --env-id Hopper-v5 --num-seeds 3 --num-steps 300000
 
 The datasets are BCQ's, https://arxiv.org/abs/1812.02900: there `final` had --exploration-noise 0.5, its expert 0.1,
-both 1M steps. Concurrent learning, by a second agent beside the collector, is not in here: see Recorder.
+both 1M steps, as had `imitation`. Concurrent learning, a second agent beside the collector, is not here: see Recorder.
 Departs from the paper: Gaussian noise, not Ornstein-Uhlenbeck's; 25,000 uniform steps first; replay keeps all; no batch
 normalisation; 256 units (400 and 300), a in Q's first layer, last layers not drawn small; as in BCQ's code rate 1e-3
 (actor 1e-4), batches of 100 (64), tau 0.005 (0.001), no weight decay (1e-2).

@@ -118,18 +118,18 @@ def pair(s, a, act_dim):  # an integer as a one-hot vector
 
 def prepare(data, args):
     """Q sees pairs: obs becomes (s, a), next_obs (s', pi(s')), start is (s_0, pi(s_0))."""
-    if not args.policy:
-        fail("--policy is not given: a policy.pt2, which a run leaves, or datasets/hopper/medium.pt2")
+    if not Path(args.policy).is_file():
+        fail(f"--policy is no file: '{args.policy}'; a run leaves policy.pt2, and there is datasets/hopper/medium.pt2")
     data.policy = Policy(args, data)
     with attempt(f"agent {args.agent} of --policy {args.policy} does not act on the observations of {args.dataset_id}"):
         a = program(args.policy)(data.obs[:2].cpu())[args.agent]
-        fits = a.shape == data.action[:2].shape and a.dtype == data.action.dtype and a.isfinite().all()
-        assert fits, "its actions are of another kind, or no numbers"
-    first = data.episode.diff(prepend=data.episode[:1] - 1).nonzero().flatten()
-    s = torch.cat([data.next_obs, data.obs[first]])  # s', then s_0
-    pi = torch.cat([data.policy(x) for x in s.cpu().split(10_000)]).to(s.device)
+        assert a.shape == data.action[:2].shape and a.dtype == data.action.dtype, "its actions are of another kind"
+        first = data.episode.diff(prepend=data.episode[:1] - 1).nonzero().flatten()
+        s = torch.cat([data.next_obs, data.obs[first]]).cpu()  # s', then s_0
+        pi = torch.cat([data.policy(x) for x in s.split(10_000)])
+        assert pi.isfinite().all(), "its actions are no numbers"
+        data.next_obs, data.start = pair(s, pi, data.act_dim).to(args.device).split([len(data.obs), len(first)])
     data.obs = pair(data.obs, data.action, data.act_dim)
-    data.next_obs, data.start = pair(s, pi, data.act_dim).split([len(data.obs), len(first)])
 
 
 class Agent(nn.Module):

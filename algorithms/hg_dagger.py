@@ -12,7 +12,7 @@ Kelly, Sidrane, Driggs-Campbell & Kochenderfer, ICRA 2019. https://arxiv.org/abs
         L_pi = E_D[ (pi(s) - pi*(s))^2 ]
     tau = mean of the last quarter of doubts |diag C(s)| at takeovers, C the covariance (1/E) of pi's members (own L_pi)
 
-    python algorithms/hg_dagger.py --num-seeds 3 --num-updates 50000
+    python algorithms/hg_dagger.py --num-seeds 3 --num-updates 20000
 
 Departs from the paper: each round goes on from the weights of the last one, with a fixed number of Adam steps on all of
 D, on observations normalised by D; the gate is a rule (see --threshold) or a person (--gate); a round is a fixed number

@@ -12,13 +12,13 @@ Doubly robust: Jiang & Li, ICML 2016. https://arxiv.org/abs/1511.03722
     PDIS  = sum_t gamma^t 1/E sum_i rho_t r_t            WPDIS = sum_t gamma^t sum_i rho_t r_t / sum_i rho_t
     DR    = DM + 1/E sum_i sum_t gamma^t rho_t (r_t + gamma V(s_{t+1}) - Q(s_t, a_t)),  DM = 1/E sum_i V(s_0)
     Q(s, a) <- mean of r + gamma (1 - d) V(s'),  V(s) = sum_a pi(a|s) Q(s, a)
-    ESS   = (sum_i rho)^2 / sum_i rho^2,  of rho_T for IS and WIS, else the mean over t of that of rho_t
+    ESS   = (sum_i rho)^2 / sum_i rho^2,  of rho_T for IS and WIS, else the mean over t of that of rho_t; of DM E
 
     python algorithms/ope.py --dataset-id FrozenLake-v1 --slip 0.6666667 --num-seeds 100
 
 Each seed has E episodes of its own, drawn by mu in a finite MDP, where the truth is exact, or with replacement
 from a recorded set. There pi is --policy with a uniform action now and then, the truth is played, and mu is
-infos["action_prob"] of each step or a count (--behaviour clone, which biases all); for the count and Q the
+infos["action_prob"] of each step or a count (--behaviour clone, which biases all but DM); for the count and Q the
 states of a cell are one. What is estimated is the return of the first --horizon steps, as if no reward followed
 what is logged. See estimates.csv.
 Departs from the paper: WPDIS is the consistent one, CWPDIS; Q is learnt from the same episodes: DR is biased.
@@ -402,8 +402,8 @@ def target(obs, task, args):
 
 def recorded(args):
     """The Task, what is Logged, the number of cells, and pi's file."""
-    if not args.policy:
-        fail("--policy is not given: a policy.pt2 with discrete actions, such as datasets/lunarlander/medium.pt2")
+    if not Path(args.policy).is_file():
+        fail(f"--policy is no file: '{args.policy}'; one has discrete actions, such as datasets/lunarlander/medium.pt2")
     task, name = load(SimpleNamespace(**vars(args), batch_size=1)), args.dataset_id
     obs = torch.cat([task.obs, task.next_obs])
     with attempt(f"agent {args.agent} of --policy {args.policy} does not act on the observations of {name}"):

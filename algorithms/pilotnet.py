@@ -11,7 +11,7 @@ Bojarski et al., 2016. https://arxiv.org/abs/1604.07316
     recover  = -6 shift / L^2 - 4 turn / L:  the cubic that is back on his way, and along it, in the L m of 2 s
     autonomy = 100 (1 - 6 s * interventions / elapsed time),  the score in eval.csv
 
-    python algorithms/pilotnet.py --num-seeds 3 --num-updates 2000
+    python algorithms/pilotnet.py --num-seeds 2 --num-updates 2000
 
 With --no-side-cameras the network sees what the driver saw and no more. test_loss is L_pi on other roads, where
 the driver himself looks, and says little of how it drives: who stays in the middle is not shown the way back.

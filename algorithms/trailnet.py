@@ -11,7 +11,7 @@ Giusti et al., IEEE Robotics and Automation Letters 1(2), 2016. https://doi.org/
     a    = TR for TL and TL for TR where s is mirrored
     turn ~ P(TR | s) - P(TL | s),  how the trail is walked
 
-    python algorithms/trailnet.py --num-seeds 3 --num-updates 2000
+    python algorithms/trailnet.py --num-seeds 1 --num-updates 2000
 
 With --no-side-cameras it is never shown a turn. accuracy is that of the most likely class, over the three
 cameras on other trails. The score is PilotNet's autonomy, 100 (1 - 6 s * interventions / elapsed time).

@@ -37,6 +37,7 @@ from lessons_cloning import (multimodal_draw, multimodal_log, multimodal_runs, o
 from lessons_evaluation import bear_gridworld_draw, importance_draw
 from lessons_interactive import interventions_draw, interventions_runs
 from lessons_offline import extrapolation_draw, extrapolation_log, extrapolation_runs
+from lessons_regimes import bcq_draw, bcq_log, bcq_runs
 from lessons_pixels import pilotnet_draw, pilotnet_runs, trailnet_draw, trailnet_runs
 from lessons_tabular import LARGE, correction_draw, cql_bound_draw, expectile_draw, finish, stitching_draw
 from lessons_weights import awr_draw, envelope_draw, envelope_log, envelope_runs
@@ -710,7 +711,13 @@ ABOUT = {
         "Where the data mostly go the wrong way a policy that has to match them goes the wrong way as well, and with "
         "the leash loosened it believes what Q makes up. It is enough to ask that an action is in the data at all.",
         "BEAR itself: the support is a threshold on the known π_β, no MMD and no networks. The error of Q outside the "
-        "data is set by hand; were Q right there, a generous penalty would do as well."),
+        "data is set by hand; were Q right there, a generous penalty would do as well. A policy that circles around S gets to G "
+        "some day, for a discounted value of nearly nothing."),
+    "bcq": (
+        3.15, "BCQ earns what its batch is worth where DDPG and SAC fail, in all four of its regimes",
+        "Take four batches of increasing narrowness, from all that a learner ever saw to the steps of its last policy. The "
+        "learner that made the batch cannot learn from it again, one that takes only likely actions can.",
+        "BCQ's own figures."),
     "cql": (
         4.2, "CQL's Q does not run away; that it is still below the return is mostly its target's lag",
         "On the data on which SAC's critic explodes CQL's stays small and its policy hops. But beware of reading"

@@ -28,7 +28,7 @@ LEARNERS = {"bcq": ("BCQ", "C2"), "bc_vae": ("VAE", "C4"), "bc": ("BC", "C0"), "
 def bcq_runs(data):
     """DDPG twice, which records the batches, then every learner on each of them."""
     collect = "ddpg.py --num-steps 200000 --eval-every 10000 --record-steps 50000 --record"
-    learn = "--num-seeds 2 --num-updates 5000 --eval-every 500"
+    learn = "--num-seeds 2 --num-updates 3000 --eval-every 300"
     return {"expert": f"{collect} {DATA}/ddpg", "noisy": f"{collect} {DATA}/ddpg-noisy --exploration-noise 0.5"} | {
         f"{regime} {method}": f"{method}.py --dataset-id {DATA}/{folder} {learn}"
         for regime, (folder, _) in REGIMES.items() for method in LEARNERS}
@@ -64,8 +64,8 @@ def bcq_draw(runs):
         axis.axhline(behaviour[regime], color="black", ls="--", lw=1.5)
         axis.set(title=text, xlabel="updates")
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    axes[0].set(ylabel="return", ylim=(0, None), xlim=(0, 5200))
-    axes[0].annotate("mean of the batch", (5100, behaviour["final"]), (0, 6), textcoords="offset points", ha="right", fontsize=11)
+    axes[0].set(ylabel="return", ylim=(0, None), xlim=(0, 3100))
+    axes[0].annotate("mean of the batch", (3050, behaviour["final"]), (0, 6), textcoords="offset points", ha="right", fontsize=11)
     axes[0].legend(loc="upper left", fontsize=11)
     finish(figure, TITLE, "Hopper, 2 seeds: mean, range", axes[3])
     parts = [f"{regime} (batch {behaviour[regime]:.0f}): " + ", ".join(

@@ -23,6 +23,11 @@ class Constant(torch.nn.Module):
         return torch.stack([zero, zero + 1] if self.discrete else [zero - 0.5, zero - 0.25])
 
 
+class Seventh(torch.nn.Module):
+    def forward(self, obs):  # (B, obs_dim) -> (1, B)
+        return (7 + 0 * obs[:, 0].long()).unsqueeze(0)
+
+
 def exported(path, policy, obs_dim):
     shapes = ({0: torch.export.Dim("B")},)
     torch.export.save(torch.export.export(policy, (torch.zeros(2, obs_dim),), dynamic_shapes=shapes), path)
@@ -147,11 +152,13 @@ def test_nan_in_seed_0_leaves_the_others_bit_identical(policy, tmp_path):
 
 
 @pytest.mark.parametrize("case, word", [
-    ("none", "--policy is not given"), ("missing", "nowhere.pt2"), ("agent", "agent 2"), ("dimensions", "does not act"),
-    ("actions", "of another kind")])
+    ("none", "--policy is no file"), ("missing", "nowhere.pt2"), ("agent", "agent 2"), ("dimensions", "does not act"),
+    ("actions", "of another kind"), ("choices", "does not act")])
 def test_a_policy_that_does_not_fit(case, word, hopper, policy, hopper_policy, tmp_path):
     other = exported(tmp_path / "two.pt2", Constant(2), 11)
     path = {"none": "", "missing": "nowhere.pt2", "dimensions": policy, "actions": other}.get(case, hopper_policy)
+    if case == "choices":  # actions 0 to 7 where the data know 0 to 3
+        hopper, path = "lunarlander/mixed-v0", exported(tmp_path / "eight.pt2", Seventh(), 8)
     with pytest.raises(SystemExit) as stopped:
         run(hopper, path, tmp_path / "out", agent=2 if case == "agent" else 0)
     message = stopped.value.code

@@ -539,7 +539,7 @@ def test_resume_equals_uninterrupted_to_the_bit(tmp_path, monkeypatch):
     ({"slip": 1.5}, ["--slip"]), ({"epsilon": -0.1}, ["--epsilon"]), ({"target_epsilon": 2.0}, ["--target-epsilon"]),
     ({"dataset_id": "Hopper-v5"}, ["transition table"]),
     ({"dataset_id": "nowhere/none-v0", "policy": "4"}, ["none-v0"]),
-    ({"dataset_id": "set"}, ["--policy is not given"]),
+    ({"dataset_id": "set"}, ["--policy is no file"]),
     ({"dataset_id": "set", "policy": "4"}, ["lacks the probabilities", "--behaviour clone", "action_prob"]),
     ({"dataset_id": "set", "policy": "8"}, ["size()[1] == 8"]), ({"dataset_id": "set", "policy": "none"}, ["none"]),
     ({"dataset_id": "set", "policy": "4", "agent": 2}, ["agent 2", "size 2"])])
