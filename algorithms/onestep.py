@@ -12,7 +12,7 @@ Brandfonbrener, Whitney, Ranganath & Bruna, NeurIPS 2021. https://arxiv.org/abs/
 
 First Q and V become those of the data's policy while pi clones it (w = 1); then they rest and pi is improved, once.
 
-    python algorithms/onestep.py --dataset-id hopper/medium-v0 --num-seeds 3 --num-updates 50000
+    python algorithms/onestep.py --dataset-id hopper/medium-v0 --num-seeds 2 --num-updates 50000
 
 Departs from the paper: as in its code w up to 100, and the last step of a cut-off episode, without a', is never drawn.
 Unlike there Q and V take 80 % of the updates, not 95 %, V is fitted, no mean of Q over draws of a clone, Q' moves at
