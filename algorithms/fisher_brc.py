@@ -14,7 +14,7 @@ The critic is an offset O, a network, to log mu; the behaviour policy mu is clon
     L_pi      = E[ alpha log pi(b|s) - min_j Q_j(s, b) ],   b ~ pi(s)
     L_alpha   = E[ -alpha (log pi(b|s) + H) ],   H = -dim(A); of alpha_mu with mu for pi   SAC (18)
 
-    python algorithms/fisher_brc.py --num-seeds 2 --num-updates 10000 --clone-updates 10000
+    python algorithms/fisher_brc.py --num-seeds 2 --num-updates 20000 --clone-updates 10000
 
 Logs q_start, Q where episodes begin: of the rewards with their bonus, and of log mu, so no estimate of the return.
 Departs from the paper: as in the authors' code a bonus of 5; unlike there PyTorch's initial weights.
