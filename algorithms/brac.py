@@ -213,8 +213,8 @@ class Agent(nn.Module):
     def __init__(self, args, obs_dim, act_dim, data):
         super().__init__()
         self.args, self.data, self.updates_per_call, S = args, data, 1, args.num_seeds
-        self.actor = self.policy = Actor(S, obs_dim, act_dim, (2 * args.hidden_dim + 2) // 3)
-        self.behaviour = Actor(S, obs_dim, act_dim, (2 * args.hidden_dim + 2) // 3)
+        self.actor = self.policy = Actor(S, obs_dim, act_dim, max(1, 2 * args.hidden_dim // 3))
+        self.behaviour = Actor(S, obs_dim, act_dim, max(1, 2 * args.hidden_dim // 3))
         self.critic = Critic(S, obs_dim, act_dim, args.hidden_dim)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         self.c = Critic(S, obs_dim, act_dim, args.hidden_dim, 1)

@@ -154,7 +154,8 @@ def test_nan_in_seed_0_leaves_the_others_bit_identical(policy, tmp_path):
 @pytest.mark.parametrize("case, word", [
     ("none", "--policy is no file"), ("missing", "nowhere.pt2"), ("agent", "agent 2"), ("dimensions", "does not act"),
     ("actions", "of another kind"), ("choices", "does not act")])
-def test_a_policy_that_does_not_fit(case, word, hopper, policy, hopper_policy, tmp_path):
+def test_a_policy_that_does_not_fit(case, word, hopper, policy, hopper_policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(fqe, "DISCRETE", False)  # a run sets it; what it was comes back
     other = exported(tmp_path / "two.pt2", Constant(2), 11)
     path = {"none": "", "missing": "nowhere.pt2", "dimensions": policy, "actions": other}.get(case, hopper_policy)
     if case == "choices":  # actions 0 to 7 where the data know 0 to 3
