@@ -15,7 +15,7 @@ Nair, Gupta, Dalal & Levine, 2020. https://arxiv.org/abs/2006.09359
 
 Logs q_start, Q where episodes begin, which lags 1 / (tau (1 - gamma)) updates behind: see eval.csv's discounted return.
 Departs from the paper: as in the authors' code (rlkit) w is normalised over the batch, and min_i is over two critics.
-Unlike there draws within +-1 (else Q diverges), batches of 256, PyTorch's initial weights. CORL, Gym: exp(3 A) <= 100.
+Unlike there draws within +-1, batches of 256, not 1,024, PyTorch's initial weights. CORL, Gym: w = exp(3 A) <= 100.
 Shapes: S seeds, B batch, E critics, N transitions. The S seeds train side by side and never interact.
 """
 import copy

@@ -82,7 +82,7 @@ class Critic(nn.Module):
 
     def __init__(self, S, obs_dim, act_dim, d_hidden, E=2):
         super().__init__()
-        self.net = mlp((S, E), obs_dim + act_dim, d_hidden, (3 * d_hidden + 3) // 4, 1)
+        self.net = mlp((S, E), obs_dim + act_dim, d_hidden, max(1, 3 * d_hidden // 4), 1)
 
     def forward(self, s, a):  # (S, B, .) -> (S, E, B)
         return self.net(torch.cat([s, a], -1).unsqueeze(1)).squeeze(-1)
@@ -96,7 +96,7 @@ class Perturbation(nn.Module):
 
     def __init__(self, S, obs_dim, act_dim, d_hidden, phi):
         super().__init__()
-        self.net, self.phi = mlp((S,), obs_dim + act_dim, d_hidden, (3 * d_hidden + 3) // 4, act_dim), phi
+        self.net, self.phi = mlp((S,), obs_dim + act_dim, d_hidden, max(1, 3 * d_hidden // 4), act_dim), phi
 
     def forward(self, s, b):  # (S, B, .) -> (S, B, act_dim)
         return (b + self.phi * torch.tanh(self.net(torch.cat([s, b], -1)))).clamp(-1, 1)

@@ -20,7 +20,7 @@ The behaviour policy beta is cloned first and stays as it is; a divergence D(s) 
 
     python algorithms/brac.py --num-seeds 2 --num-updates 10000 --clone-updates 10000 --warmup 2000 --actor-lr 3e-4
 
-Departs from the paper: as in the authors' code a warm-up without Q, b_i of beta in kl_dual; PyTorch's initial weights.
+Departs from the paper: as its code a warm-up without Q, b_i of beta in kl_dual; unlike it PyTorch's initial weights.
 Shapes: S seeds, B batch, E critics, n draws. The S seeds train side by side and never interact.
 """
 import copy

@@ -10,7 +10,7 @@ Kelly, Sidrane, Driggs-Campbell & Kochenderfer, ICRA 2019. https://arxiv.org/abs
         pi_i = g pi* + (1 - g) pi acts: g = 1 while the expert pi* has control; in round 1 always, for D_BC
         D    <- D + {(s, pi*(s))},   the states s with g = 1 only
         L_pi = E_D[ (pi(s) - pi*(s))^2 ]
-    tau = mean of the last quarter of doubts |diag C(s)| at takeovers, C the covariance (1/E) of pi's members (own L_pi)
+    tau = mean of the last quarter of doubts |diag C(s)| at takeovers, C the covariance (1/E) of pi's members
 
     python algorithms/hg_dagger.py --num-seeds 3 --num-updates 20000
 
@@ -54,7 +54,7 @@ class Args:
     gate: Literal["discrepancy", "keyboard"] = "discrepancy"  # who takes over: the expert or a person
     threshold: float = 0.5  # the expert takes over, g = 1, where |pi*(s) - pi(s)| is more; actions in [-1, 1]
     hold: int = 10  # it hands back, g = 0, at the hold-th step in a row where it is not, or without a key
-    ensemble: int = 5  # E: members, whose mean is pi; they differ in their first weights and batches
+    ensemble: int = 5  # E: members, whose mean is pi; each has L_pi, first weights and batches of its own
     horizon: int | None = None  # steps of an episode, in training and evaluation; default: the environment's
 
 

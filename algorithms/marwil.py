@@ -51,7 +51,7 @@ class Args:
     td_lambda: float = 1.0  # lambda; 1: Monte-Carlo returns
     beta: float = 1.0  # inverse temperature; 0: cloning
     norm_rate: float = 1e-2  # of c^2
-    value_weight: float = 0.5  # of L_V / c^2 beside L_pi
+    value_weight: float = 0.5  # of L_V / c^2 beside L_pi; none if beta is 0
     turn_steps: int = 1_000  # updates between two computations of R
 
 

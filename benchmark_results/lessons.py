@@ -37,8 +37,8 @@ from lessons_cloning import (multimodal_draw, multimodal_log, multimodal_runs, o
 from lessons_evaluation import bear_gridworld_draw, importance_draw
 from lessons_interactive import interventions_draw, interventions_runs
 from lessons_offline import extrapolation_draw, extrapolation_log, extrapolation_runs
-from lessons_regimes import bcq_draw, bcq_log, bcq_runs
 from lessons_pixels import pilotnet_draw, pilotnet_runs, trailnet_draw, trailnet_runs
+from lessons_regimes import bcq_draw, bcq_log, bcq_runs
 from lessons_tabular import LARGE, correction_draw, cql_bound_draw, expectile_draw, finish, stitching_draw
 from lessons_weights import awr_draw, envelope_draw, envelope_log, envelope_runs
 from run import about
@@ -711,15 +711,16 @@ ABOUT = {
         "Where the data mostly go the wrong way a policy that has to match them goes the wrong way as well, and with "
         "the leash loosened it believes what Q makes up. It is enough to ask that an action is in the data at all.",
         "BEAR itself: the support is a threshold on the known π_β, no MMD and no networks. The error of Q outside the "
-        "data is set by hand; were Q right there, a generous penalty would do as well. A policy that circles around S gets to G "
-        "some day, for a discounted value of nearly nothing."),
+        "data is set by hand; were Q right there, a generous penalty would do as well. A policy that "
+        "circles around S gets to G some day, for a discounted value of nearly nothing."),
     "bcq": (
         3.15, "On batches that DDPG made itself DDPG and SAC earn far less than clones of the same data",
         "Take four batches, from all that a learner ever saw to the steps of its last policy. Not even the learner that "
         "made the batch can use it again, because nobody corrects what its critic makes up.",
         "That BCQ is better than cloning: 3,000 updates are too few for its critic. On hopper/medium-v0 it stood at scores "
         "of 15 and 20 after 5,000 updates and at 66 and 73 after 10,000. `concurrent` is the whole replay of a DDPG with "
-        "less noise, not a learner beside it, and DDPG had 200,000 steps, a fifth of the paper's."),
+        "less noise, not a learner beside it, and DDPG had 200,000 steps, a fifth of the paper's. BC swings so much in `final` "
+        "that its range meets theirs, and SAC climbs in `concurrent`."),
     "cql": (
         4.2, "CQL's Q does not run away; that it is still below the return is mostly its target's lag",
         "On the data on which SAC's critic explodes CQL's stays small and its policy hops. But beware of reading"

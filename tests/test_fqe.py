@@ -158,7 +158,7 @@ def test_a_policy_that_does_not_fit(case, word, hopper, policy, hopper_policy, t
     monkeypatch.setattr(fqe, "DISCRETE", False)  # a run sets it; what it was comes back
     other = exported(tmp_path / "two.pt2", Constant(2), 11)
     path = {"none": "", "missing": "nowhere.pt2", "dimensions": policy, "actions": other}.get(case, hopper_policy)
-    if case == "choices":  # actions 0 to 7 where the data know 0 to 3
+    if case == "choices":  # action 7, where the data know 0 to 3
         hopper, path = "lunarlander/mixed-v0", exported(tmp_path / "eight.pt2", Seventh(), 8)
     with pytest.raises(SystemExit) as stopped:
         run(hopper, path, tmp_path / "out", agent=2 if case == "agent" else 0)
